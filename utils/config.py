@@ -1,0 +1,342 @@
+"""Every knob of the project, typed, on one page; and the road from YAML to it.
+
+A run's settings are: the defaults of this page, then ``configs/default_config.yaml``, then the file of the run, then
+``key=value`` from the command line. An unknown key, a wrong type or two settings that exclude each other stop the run
+with one sentence. Only entrances, trainers and ``pipeline/build.py`` read a ``Config``.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = ROOT / "configs" / "default_config.yaml"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names file, key and remedy."""
+
+
+@dataclass
+class ModelKwargs:
+    """How far the generator looks back, in latent frames."""
+
+    local_attn_size: int = 15  # frames a token sees, its own block included; -1: all of them
+    sink_size: int = 0  # first frames that stay visible after they left the window
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate over the run."""
+
+    lr: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"  # over max_steps or max_seconds, whichever ends first
+    final_lr_ratio: float = 0.05  # learning rate at the end, as a share of lr
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights; what gets exported."""
+
+    weight: float = 0.998  # share of the old average kept each step; 0 turns it off
+    start_step: int = 0  # before this step the average is a copy of the weights
+
+
+@dataclass
+class DataConfig:
+    """Puppet clips, rendered and encoded while training (utils/dataset.py)."""
+
+    vae_folder: str | None = None  # model folder whose VAE makes the latents; None: the folder of model_name
+    tokenizer_folder: str | None = None  # tokenizer of the text encoder; None: the folder of model_name
+    pool_size: int = 16384  # encoded clips kept per rank
+    min_fill: int = 2048  # training starts with this many
+    refresh_per_step: int = 16  # clips replaced by new ones after each step
+    encode_batch_size: int = 16  # clips rendered and encoded at a time
+    text_dropout: float = 0.1  # share of prompts replaced by negative_prompt, for guidance
+    num_frames: int = 17  # pixels frames of a VAE training clip (1 + a multiple of 4)
+    tail_num_frames: int = 33  # length of VAE clips in the last part of the run
+    tail_share: float = 0.25  # of the run, trained on tail_num_frames
+    num_eval_clips: int = 16  # held-out clips that the VAE's PSNR is measured on
+
+
+@dataclass
+class VaeConfig:
+    """Sizes and losses of a VAE trained from scratch (the generator's trainer ignores this section)."""
+
+    dim: int = 48
+    z_dim: int = 16
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4])
+    num_res_blocks: int = 1
+    temporal_downsample: list[bool] = field(default_factory=lambda: [True, True])
+    patch_size: int = 2  # pixels folded into channels before the first convolution
+    l1_weight: float = 1.0
+    mse_weight: float = 2.0
+    gradient_weight: float = 0.5  # L1 between horizontal and vertical pixel differences
+    kl_weight: float = 1e-5
+    puppet_weight: float = 5.0  # of pixels on the puppet and its prop, against 1 for the rest
+
+
+@dataclass
+class TextEncoderConfig:
+    """Sizes of a text encoder trained from scratch (umT5 layout)."""
+
+    d_model: int = 192
+    num_layers: int = 3
+    num_heads: int = 4
+    d_kv: int = 48
+    d_ff: int = 384
+
+
+@dataclass
+class CheckpointConfig:
+    """Training state on disk."""
+
+    every_seconds: float = 600.0
+    keep_last: int = 2
+    max_file_mb: int = 2000  # larger states are split over several files
+    compact: bool = False  # only step, weights and EMA, in bfloat16: small, but a resumed run restarts Adam's moments
+
+
+@dataclass
+class LoggingConfig:
+    """What is told, and how often."""
+
+    log_iters: int = 20  # steps between lines in metrics.jsonl
+    sample_iters: int = 0  # steps between sample videos or evaluations; 0: only at the end
+    wandb: bool = False
+    wandb_project: str = "longtake"
+    wandb_entity: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+
+
+@dataclass
+class Config:
+    """The page. Defaults are those of the embedded puppet model."""
+
+    # --- who ---
+    trainer: Literal["vae", "diffusion", "ode", "score_distillation", "gan"] = "diffusion"
+    distribution_loss: Literal["dmd", "sid", "gan", "causvid"] = "dmd"  # read by score distillation only
+    model_name: str = "puppet-tiny"  # a folder in wan_models/ and a key of WAN_CONFIGS
+    model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
+    generator_ckpt: str | None = None  # .pt or .safetensors loaded over the model folder's weights
+    use_ema: bool = False  # take generator_ema from generator_ckpt
+    causal: bool = True  # False: bidirectional attention, the undistilled teacher
+
+    # --- the walk ---
+    num_frame_per_block: int = 3  # latent frames denoised together
+    independent_first_frame: bool = False  # the first latent frame is a block of its own
+    denoising_step_list: list[float] | None = None  # few-step sampling on the unshifted 0-1000 grid; None: many steps
+    warp_denoising_step: bool = True  # apply timestep_shift to denoising_step_list
+    context_noise: float = 0.0  # timestep in [0, 1000] of the frames that later blocks look at
+    rope_base: Literal["absolute", "window"] = "absolute"  # window: time positions relative to the window, for streams
+    timestep_shift: float = 3.0  # the one shift: training, sampling and warping
+    guidance_scale: float = 3.0  # classifier-free guidance w in  uncond + w (cond - uncond); 1 turns it off
+    sampling_steps: int = 16
+    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    negative_prompt: str = ""
+
+    # --- the video ---
+    height: int = 128  # pixels, a multiple of 16
+    width: int = 128
+    num_output_frames: int = 21  # latent frames; 1 + 4 (n - 1) pixel frames
+    fps: int = 16
+
+    # --- the machine ---
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
+    attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
+    compile: bool = False
+
+    # --- training ---
+    max_steps: int | None = None  # optimizer steps; None: no limit
+    max_seconds: float | None = None  # wall clock since the first start, resumes included; then save and stop
+    batch_size: int = 1  # samples per GPU and pass
+    total_batch_size: int | None = None  # samples per optimizer step on all GPUs (accumulated); None: one pass
+    from_scratch: bool = False  # random weights instead of the model folder's
+    train_text_encoder: bool = False  # the text encoder learns with the generator
+    num_training_frames: int = 21  # latent frames of a training clip
+    teacher_forcing: bool = True  # context is clean; False: diffusion forcing, context as noisy as it comes
+    noise_augmentation_max_timestep: float = 0.0  # teacher forcing: noise up to this on half of the clean contexts
+    denoising_loss_type: Literal["flow", "x0", "noise"] = "flow"
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"  # before the shift
+    timestep_weighting: bool = False  # weight the loss by FlowMatchScheduler.training_weight
+    mixed_precision: bool = True  # bfloat16 autocast on CUDA; parameters, gradients and moments stay float32
+    gradient_checkpointing: bool = False
+    sharding_strategy: Literal["hybrid_full", "full", "no_shard"] = "hybrid_full"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def check(self) -> None:
+        """Refuse values and pairs of values that cannot work, each with a way out."""
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value < 16 or value % 16:
+                low = max(16, value // 16 * 16)
+                choice = f"{low} or {low + 16}" if value > 16 else "16"
+                raise ConfigError(f"{name} is {value}; pixels come in multiples of 16: use {choice}")
+        if self.num_frame_per_block < 1:
+            raise ConfigError(f"num_frame_per_block is {self.num_frame_per_block}; a block has at least 1 latent frame")
+        for name in ("num_output_frames", "num_training_frames"):
+            self._check_blocks(name)
+        self._check_window()
+        if self.denoising_step_list is not None:
+            steps = list(self.denoising_step_list)
+            if not steps or sorted(set(steps), reverse=True) != steps or steps[0] > 1000 or steps[-1] <= 0:
+                raise ConfigError(
+                    f"denoising_step_list is {steps}; it holds descending timesteps in (0, 1000], e.g. [1000, 750, 500, 250]"
+                )
+        for name in ("context_noise", "noise_augmentation_max_timestep"):
+            if not 0 <= getattr(self, name) <= 1000:
+                raise ConfigError(f"{name} is {getattr(self, name)}; a timestep lies in [0, 1000]")
+        for name in ("timestep_shift", "fps", "sampling_steps", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.total_batch_size is not None and self.total_batch_size % self.batch_size:
+            raise ConfigError(
+                f"total_batch_size {self.total_batch_size} is no multiple of batch_size {self.batch_size}; "
+                f"use {max(1, self.total_batch_size // self.batch_size) * self.batch_size}"
+            )
+        if not 0 <= self.ema.weight < 1:
+            raise ConfigError(f"ema.weight is {self.ema.weight}; it is the share of the old average kept, in [0, 1)")
+
+    def _check_blocks(self, name: str) -> None:
+        frames, block = getattr(self, name), self.num_frame_per_block
+        if frames < 1:
+            raise ConfigError(f"{name} is {frames}; a video has at least 1 latent frame")
+        first = 1 if self.independent_first_frame else 0
+        if self.causal and (frames - first) % block:
+            low = (frames - first) // block * block + first
+            choice = " or ".join(str(n) for n in (low, low + block) if n > 0)
+            blocks = f"one frame and blocks of {block}" if first else f"blocks of {block}"
+            raise ConfigError(f"{frames} latent frames do not split into {blocks}; use {choice} ({name})")
+
+    def _check_window(self) -> None:
+        window, sink = self.model_kwargs.local_attn_size, self.model_kwargs.sink_size
+        if window != -1 and window < self.num_frame_per_block:
+            raise ConfigError(
+                f"model_kwargs.local_attn_size is {window}, less than one block of {self.num_frame_per_block}; "
+                "use -1 (everything) or at least one block"
+            )
+        if sink < 0 or (window != -1 and sink > window - self.num_frame_per_block):
+            raise ConfigError(
+                f"model_kwargs.sink_size is {sink}; it lies in [0, local_attn_size - num_frame_per_block] "
+                f"= [0, {max(0, window - self.num_frame_per_block)}]"
+            )
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Settings of a run: this page, default_config.yaml, ``path``, then ``overrides`` such as "data.pool_size=64".
+
+    A relative ``path`` is looked up in the working directory, then beside the package. Raises ConfigError.
+    """
+    layers = [(DEFAULT_CONFIG.name, _read_yaml(DEFAULT_CONFIG))]
+    if path is not None:
+        layers.append((str(path), _read_yaml(_find(Path(path)))))
+    layers += [("command line", _read_override(item)) for item in overrides or []]
+    merged = OmegaConf.structured(Config)
+    for source, settings in layers:
+        _refuse_unknown(source, settings, Config)
+        try:
+            merged = OmegaConf.merge(merged, settings)
+        except OmegaConfBaseException as error:
+            reason = str(error.msg or error).splitlines()[0]
+            raise ConfigError(f"{source}: setting '{error.full_key}': {reason}") from error
+    config = OmegaConf.to_object(merged)
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved settings as YAML; ``load_config`` of it gives an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def config_hash(config: Config) -> str:
+    """Twelve hexadecimal digits that change when any setting does."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()[:12]
+
+
+def _find(path: Path) -> Path:
+    for candidate in (path, ROOT / path):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.name for p in DEFAULT_CONFIG.parent.glob("*.yaml")))
+    raise ConfigError(f"{path}: no such file; configs/ holds {known}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as a config: {error.strerror or error}") from error
+    if not OmegaConf.is_dict(settings):
+        raise ConfigError(f"{path}: a config is a list of 'key: value' lines")
+    return OmegaConf.to_container(settings)
+
+
+def _read_override(item: str) -> dict[str, Any]:
+    key, equals, _ = item.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"command line: '{item}' is not of the form key=value")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"command line: the value in '{item}' is not valid YAML") from error
+
+
+def _refuse_unknown(source: str, settings: dict[str, Any], page: type, prefix: str = "") -> None:
+    sections = {f.name: f.type for f in dataclasses.fields(page)}
+    for key, value in settings.items():
+        if key not in sections:
+            raise ConfigError(f"{source}: no setting '{prefix}{key}'{_nearest(prefix, str(key))}")
+        if dataclasses.is_dataclass(sections[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: setting '{prefix}{key}' is a section of settings, not {value!r}")
+            _refuse_unknown(source, value, sections[key], f"{prefix}{key}.")
+
+
+def _nearest(prefix: str, key: str) -> str:
+    """The likeliest key meant: same name in another section first, then the closest spelling."""
+    known = list(_all_keys(Config))
+    same_name = [k for k in known if k.rpartition(".")[2] == key]
+    close = same_name or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
+    if not close:
+        leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
+        close = [leaves[name] for name in difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)]
+    return f"; did you mean '{close[0]}'?" if close else "; the settings are listed in utils/config.py"
+
+
+def _all_keys(page: type, prefix: str = "") -> Iterator[str]:
+    for f in dataclasses.fields(page):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(f.type):
+            yield from _all_keys(f.type, f"{prefix}{f.name}.")
