@@ -1,0 +1,245 @@
+"""Videos and stills to tensors and back: H.264 files written while they are made, contact sheets, safe file names.
+
+Frames are floats in [0, 1], `[F, 3, H, W]` (or `[F, H, W, 3]` where it says so). PyAV is imported on first use.
+"""
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+BT709 = 1  # H.273 code point; untagged files are guessed as BT.601 by some players and BT.709 by others
+LIMITED_RANGE = 1
+
+
+def _import_av():
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading and writing video needs PyAV: pip install av") from error
+    return av
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Frames in [0, 1], channels first or last, as uint8 `[F, H, W, 3]` on the CPU; rounded, not truncated."""
+    if frames.ndim != 4 or 3 not in (frames.shape[1], frames.shape[-1]):
+        raise ValueError(f"frames of shape {list(frames.shape)}; expected [F, 3, H, W] or [F, H, W, 3]")
+    if frames.shape[-1] != 3:
+        frames = frames.permute(0, 2, 3, 1)
+    return frames.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu().contiguous()
+
+
+class VideoWriter:
+    """An H.264 file (yuv420p, BT.709) that grows block by block and appears under its name only when complete.
+
+        with VideoWriter("videos/wave.mp4", fps=16) as writer:
+            for frames in pipeline.stream(...):        # [f, 3, H, W] or [f, H, W, 3] in [0, 1]
+                writer.append(frames)
+
+    Until the `with` ends, frames go to a hidden file beside the target; an exception inside removes that file and
+    leaves whatever stood under `path` before. `crf` is x264's quality scale: 18 is visually lossless, more is smaller.
+    """
+
+    def __init__(self, path: str | Path, fps: float = 16, *, crf: int = 18, preset: str = "veryfast"):
+        self.path = Path(path)
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.num_frames = 0
+        self._options = {"crf": str(crf), "preset": preset}
+        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
+        self._container = None
+        self._stream = None
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, exception_type, *_) -> None:
+        if exception_type is None:
+            self.close()
+        else:
+            self.discard()
+
+    def append(self, frames: Tensor) -> None:
+        """Encode more frames, `[f, 3, H, W]` or `[f, H, W, 3]` in [0, 1]; all blocks have one size."""
+        av = _import_av()
+        pixels = to_uint8(frames).numpy()
+        height, width = pixels.shape[1:3]
+        if self._container is None:
+            self._open(height, width)
+        elif (height, width) != (self._stream.height, self._stream.width):
+            raise ValueError(
+                f"{self.path}: frames of {height}x{width} after {self._stream.height}x{self._stream.width}"
+            )
+        for image in pixels:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+            )
+            frame.pts = self.num_frames
+            self._container.mux(self._stream.encode(frame))
+            self.num_frames += 1
+
+    def _open(self, height: int, width: int) -> None:
+        if height % 2 or width % 2:
+            raise ValueError(f"{self.path}: H.264 (yuv420p) needs even sizes, got {height}x{width}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._container = _import_av().open(
+            str(self._partial), "w", format=self.path.suffix.lstrip(".") or "mp4", options={"movflags": "+faststart"}
+        )
+        self._stream = self._container.add_stream("libx264", rate=self.fps, options=self._options)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        codec = self._stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = LIMITED_RANGE
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        if self._container is None:
+            raise ValueError(f"{self.path}: no frames were written")
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        self._container = None
+        self._partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Drop what was written; nothing appears under the final name."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        self._partial.unlink(missing_ok=True)
+
+
+def write_video(path: str | Path, blocks: Tensor | Iterable[Tensor], fps: float = 16) -> Path:
+    """Write a whole clip, or blocks of frames as an iterator yields them; returns the path."""
+    with VideoWriter(path, fps) as writer:
+        for frames in [blocks] if isinstance(blocks, Tensor) else blocks:
+            writer.append(frames)
+    return writer.path
+
+
+def read_video(path: str | Path, *, max_frames: int | None = None) -> tuple[Tensor, float]:
+    """All frames of a video (or the first `max_frames`) as `[F, 3, H, W]` in [0, 1], and its frames per second."""
+    av = _import_av()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no video at {path}")
+    frames = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate)
+            for frame in container.decode(stream):
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if len(frames) == max_frames:
+                    break
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as a video ({error})") from error
+    if not frames:
+        raise ValueError(f"{path} has no frames")
+    return torch.stack(frames).permute(0, 3, 1, 2).float().div(255), fps
+
+
+def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
+    """Scale `[F, C, H, W]` until it covers height x width, keeping proportions, and cut the centre out."""
+    old_height, old_width = frames.shape[-2:]
+    if (old_height, old_width) == (height, width):
+        return frames
+    scale = max(height / old_height, width / old_width)
+    covering = (max(height, round(old_height * scale)), max(width, round(old_width * scale)))
+    frames = F.interpolate(frames, covering, mode="bicubic", antialias=True, align_corners=False).clamp(
+        frames.amin(), frames.amax()
+    )
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return frames[..., top : top + height, left : left + width]
+
+
+def load_image(path: str | Path, height: int, width: int) -> Tensor:
+    """An image file, scaled to cover height x width and centre-cropped, as `[3, H, W]` in [-1, 1]."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}")
+    try:
+        with Image.open(path) as image:
+            pixels = pixels_of(image)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+    return resize_cover(pixels[None], height, width)[0].mul(2).sub(1)
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """A PIL image as `[3, H, W]` in [0, 1]; turned upright by its EXIF tag, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    return pixels.permute(2, 0, 1).float().div(255)
+
+
+def contact_sheet(
+    path: str | Path, videos: Sequence[Tensor], captions: Sequence[str], *, columns: int = 6, tile_height: int = 128
+) -> Path:
+    """A PNG with one row per video, `columns` frames evenly spaced from first to last, its caption above.
+
+    videos: each `[F, 3, H, W]` in [0, 1], sizes may differ. Captions are cut to the width of the sheet.
+    """
+    if not videos or len(videos) != len(captions):
+        raise ValueError(
+            f"{len(videos)} videos and {len(captions)} captions; give one caption for each of 1 or more videos"
+        )
+    margin, text_height = 4, 18
+    font = ImageFont.load_default(size=13)
+    rows = []
+    for video in videos:
+        indices = torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long()
+        tile_width = max(1, round(video.shape[-1] * tile_height / video.shape[-2]))
+        tiles = F.interpolate(video[indices].float(), (tile_height, tile_width), mode="bilinear", antialias=True)
+        rows.append([Image.fromarray(tile.numpy()) for tile in to_uint8(tiles)])
+    width = max(sum(tile.width + margin for tile in row) for row in rows) + margin
+    sheet = Image.new("RGB", (width, len(rows) * (tile_height + text_height + margin) + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = margin
+    for row, caption in zip(rows, captions, strict=True):
+        draw.text((margin, top), _fit_text(caption, font, width - 2 * margin), fill="black", font=font)
+        left = margin
+        for tile in row:
+            sheet.paste(tile, (left, top + text_height))
+            left += tile.width + margin
+        top += tile_height + text_height + margin
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    sheet.save(partial, format="PNG", optimize=True)
+    return partial.replace(path)
+
+
+def _fit_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text on one line, cut with an ellipsis where it would pass `width` pixels."""
+    text = " ".join(text.split())[:400]
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def safe_name(prompt: str, max_bytes: int = 100) -> str:
+    """A file name (without suffix) for any prompt: its words in any script, then 8 hex digits that tell prompts apart.
+
+    Letters, digits and combining marks stay; all else (slashes, quotes, emoji, control characters) becomes one `_`.
+    At most `max_bytes` in UTF-8, cut between characters: `a_red_puppet_waves-5f0c1b2e`.
+    """
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    kept = (
+        c if c.isalnum() or unicodedata.category(c).startswith("M") else " "
+        for c in unicodedata.normalize("NFC", prompt)
+    )
+    words = "_".join("".join(kept).split())
+    words = words.encode("utf-8")[: max_bytes - len(digest) - 1].decode("utf-8", "ignore").strip("_")
+    return f"{words}-{digest}" if words else digest
