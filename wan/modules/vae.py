@@ -12,6 +12,7 @@ The first frame is special, as images are: it makes one latent alone, and one la
 Submodule names are those of `Wan2.1_VAE.pth`: they are the checkpoint.
 """
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.modules.weights import assign_weights, read_sizes, read_state_dict
+from wan.modules.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -423,11 +424,13 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.
     Sizes and latent statistics come from `<stem>.json` beside it; without one they are Wan 2.1's.
     Raises FileNotFoundError, or ValueError with the first names and shapes that do not fit.
     """
-    state_dict = read_state_dict(path)
+    path = Path(path)
+    sizes_file = path.with_suffix(".json")
+    sizes = json.loads(sizes_file.read_text()) if sizes_file.is_file() else {}
     with torch.device("meta"):
-        vae = WanVAE(**(read_sizes(path) or {}))
-    assign_weights(vae, state_dict, path)
+        vae = WanVAE(**sizes)
+    load_weights(vae, [path], device=device, dtype=dtype)
     vae = vae.to(device, dtype).eval().requires_grad_(False)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    logger.info("VAE %s: %.1fM parameters, %s on %s", Path(path).name, num_parameters / 1e6, dtype, device)
+    logger.info("VAE %s: %.1fM parameters, %s on %s", path.name, num_parameters / 1e6, dtype, device)
     return vae
