@@ -1,0 +1,93 @@
+"""q, k, v -> output, on whatever hardware there is: the one place where an attention kernel is chosen."""
+
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+BACKENDS = ("auto", "flash3", "flash2", "sdpa")
+
+# Compiled once per process, here: eager flex-attention holds the whole score matrix, and compiling inside forward would
+# compile again for every module. No CUDA graphs: the training sequence changes its addresses every step.
+_compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=1)
+def _flash_kernels() -> dict[str, object]:
+    """Installed flash-attn kernels by backend name."""
+    kernels = {}
+    try:
+        from flash_attn_interface import flash_attn_func
+
+        kernels["flash3"] = flash_attn_func
+    except ImportError:
+        pass  # optional; SDPA serves
+    try:
+        from flash_attn import flash_attn_func
+
+        kernels["flash2"] = flash_attn_func
+    except ImportError:
+        pass  # optional; SDPA serves
+    return kernels
+
+
+@lru_cache(maxsize=8)
+def _sdpa_priority(device: torch.device) -> list[SDPBackend] | None:
+    """On Hopper cuDNN's kernel is the fastest of the three, but torch asks flash first; elsewhere torch's order stands."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        return [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+    return None
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if `backend` is unknown, ImportError with the install line if it is not installed."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention_backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend.startswith("flash") and backend not in _flash_kernels():
+        package = {"flash3": "flash-attn-3 (built from source)", "flash2": "flash-attn"}[backend]
+        raise ImportError(f"attention_backend {backend} needs {package}, which is not installed; use 'auto' or 'sdpa'")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
+    """Softmax attention without a mask: q [B, Lq, N, D], k and v [B, Lk, N, D] -> [B, Lq, N, D]; dtype kept.
+
+    backend: "auto" takes flash-attn 3, then 2, where they are installed and the tensors are half precision on CUDA, else
+    torch's scaled_dot_product_attention. A flash backend asked for by name raises ImportError where it is missing.
+    """
+    kernel = None
+    if backend == "auto":
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            kernel = next(iter(_flash_kernels().values()), None)
+    elif backend != "sdpa":
+        check_backend(backend)
+        kernel = _flash_kernels()[backend]
+    if kernel is not None:
+        out = kernel(q, k, v)
+        return out[0] if isinstance(out, tuple) else out  # some flash-attn 3 releases also return the log-sum-exp
+    priority = None if torch.compiler.is_compiling() else _sdpa_priority(q.device)
+    with sdpa_kernel(priority, set_priority=True) if priority else nullcontext():
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    """Attention under a prepared BlockCausalMask (`mask.prepare(device)`), [B, L, N, D] each; dtype kept.
+
+    A flex BlockMask runs in compiled flex-attention; a dense bool [L, L] in SDPA, its twin for the CPU, where flex-attention
+    has no backward.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if isinstance(mask, Tensor):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        out = _compiled_flex_attention(q, k, v, block_mask=mask)
+    return out.transpose(1, 2)

@@ -1,0 +1,159 @@
+"""Causality on top of Wan: masks for whole clips, a KV cache for streams, teacher forcing, pose tokens."""
+
+import torch
+from torch import Tensor
+
+from ..configs import WanConfig
+from .attention import attention, masked_attention
+from .kv_cache import KVCache, KVContext
+from .masks import BlockCausalMask, check_window
+from .model import Attend, WanModel
+from .rope import apply_rope, rope_frequencies
+
+ROPE_BASES = ("absolute", "window")
+
+
+class CausalWanModel(WanModel):
+    """Block-causal Wan transformer: the same weights as WanModel, three ways of looking at the past.
+
+    - whole clip: `forward(x, t, context)` under a BlockCausalMask (diffusion forcing, ODE regression);
+    - teacher forcing: `forward(x, t, context, clean_x=...)`, each noisy block looks at the clean blocks before it;
+    - stream: `forward(x, t, context, kv_cache=...)`, one block looks at committed frames.
+
+    num_frame_per_block: latent frames denoised together. local_attn_size: latent frames that a block sees, itself and the
+    sink included (-1: all). sink_size: leading frames that never leave the window. independent_first_frame: frame 0 is a
+    block of its own. rope_base: "absolute" frame positions, or "window": positions counted from the window's first frame, so
+    that the distance to the sink stays within what was trained (streams only; keys are then cached unrotated).
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        num_frame_per_block: int = 3,
+        local_attn_size: int = -1,
+        sink_size: int = 0,
+        independent_first_frame: bool = False,
+        rope_base: str = "absolute",
+        attention_backend: str = "auto",
+    ):
+        check_window(local_attn_size, sink_size, num_frame_per_block)
+        if rope_base not in ROPE_BASES:
+            raise ValueError(f"rope_base {rope_base!r} is unknown; use one of {', '.join(ROPE_BASES)}")
+        super().__init__(config, attention_backend=attention_backend)
+        self.num_frame_per_block = num_frame_per_block
+        self.local_attn_size = local_attn_size
+        self.sink_size = sink_size
+        self.independent_first_frame = independent_first_frame
+        self.rope_base = rope_base
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        kv_cache: KVCache | None = None,
+        clean_x: Tensor | None = None,
+        aug_t: Tensor | None = None,
+        add_condition: Tensor | None = None,
+    ) -> Tensor:
+        """Flow [B, out_dim, F, H, W] of noisy latents x [B, C, F, H, W] at times t [B, F] in [0, 1000].
+
+        kv_cache: x is the next block(s) of a stream. Without gradient the block's keys are written into their slots; the
+        caller commits. clean_x [B, C, F, H, W]: clean latents for teacher forcing, at times aug_t [B, F] (default 0).
+        The other arguments are WanModel.forward's.
+        """
+        if kv_cache is not None and clean_x is not None:
+            raise ValueError("kv_cache and clean_x exclude each other: a stream's past is in the cache")
+        tokens, grid = self.embed(x, y, add_condition)
+        t = self.frame_times(t, grid[0])
+        if kv_cache is not None:
+            attend = self._attend_cached(kv_cache, kv_cache.context(grid[0]), grid)
+            return self.run(tokens, t, context, clip_fea, attend, grid, kv_cache)
+        if clean_x is not None:
+            clean_tokens, _ = self.embed(clean_x, y, add_condition)
+            tokens = torch.cat([clean_tokens, tokens], dim=1)
+            t = torch.cat([torch.zeros_like(t) if aug_t is None else aug_t.to(t.dtype), t], dim=1)
+        attend = self._attend_masked(grid, clean_x is not None, x.device)
+        return self.run(tokens, t, context, clip_fea, attend, grid, num_head_frames=grid[0])
+
+    def _attend_masked(self, grid: tuple[int, int, int], teacher_forcing: bool, device: torch.device) -> Attend:
+        if self.rope_base == "window" and self.sink_size and self.local_attn_size != -1:
+            raise ValueError(
+                "rope_base 'window' moves the sink's position from block to block, which one masked pass cannot do; "
+                "train with rope_base=absolute, with sink_size=0, or through the cached rollout"
+            )
+        mask = BlockCausalMask(
+            num_frames=grid[0],
+            frame_seqlen=grid[1] * grid[2],
+            num_frame_per_block=self.num_frame_per_block,
+            local_attn_size=self.local_attn_size,
+            sink_size=self.sink_size,
+            independent_first_frame=self.independent_first_frame,
+            teacher_forcing=teacher_forcing,
+        ).prepare(device)
+        frames = [*range(grid[0])] * (2 if teacher_forcing else 1)  # clean and noisy halves share their positions
+        rope = rope_frequencies(self.config.head_dim, frames, *grid[1:], device=device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return masked_attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)
+
+        return attend
+
+    def _attend_cached(self, kv_cache: KVCache, past: KVContext, grid: tuple[int, int, int]) -> Attend:
+        frames = range(past.start_frame, past.stop_frame)
+        device, backend = kv_cache.keys[0].device, self.attention_backend
+        if self.rope_base == "absolute":
+            rope = rope_frequencies(self.config.head_dim, frames, *grid[1:], device=device)
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                keys, values = past.extend(layer, apply_rope(k, rope), v)
+                return attention(apply_rope(q, rope), keys, values, backend)
+
+            return attend
+
+        # Window-relative: the i-th oldest visible frame stands at position i. Keys lie in the slab as they came.
+        position = {frame: i for i, frame in enumerate(sorted(past.frames))}
+        own_rope = rope_frequencies(self.config.head_dim, [position[f] for f in frames], *grid[1:], device=device)
+        slab_positions = [position[f] for f in past.frames]
+        slab_rope = rope_frequencies(self.config.head_dim, slab_positions, *grid[1:], device=device)
+
+        def attend_in_window(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = past.extend(layer, k, v)
+            return attention(apply_rope(q, own_rope), apply_rope(keys, slab_rope), values, backend)
+
+        return attend_in_window
+
+    def make_kv_cache(
+        self, batch_size: int, height: int, width: int, num_frames: int | None = None, *, keep_all: bool = False
+    ) -> KVCache:
+        """Empty cache for latents of `height` x `width` cells, in the model's dtype and on its device.
+
+        num_frames: latent frames of the whole video; needed without a window, an upper bound with one. keep_all: never
+        overwrite (a training rollout whose checkpointed blocks are recomputed). Memory: 2 * num_layers * frames * tokens per
+        frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21 frames of 60x104.
+        """
+        window = self.local_attn_size
+        if window == -1 or keep_all:
+            if num_frames is None:
+                raise ValueError("a cache that keeps the whole past needs num_frames; set local_attn_size to stream without end")
+            capacity = num_frames
+        else:
+            capacity = window if num_frames is None else min(window, num_frames)
+        frame_seqlen = self.config.tokens_per_frame(height, width)
+        shape = (batch_size, capacity * frame_seqlen, self.config.num_heads, self.config.head_dim)
+
+        def slab() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return KVCache(
+            keys=[slab() for _ in self.blocks],
+            values=[slab() for _ in self.blocks],
+            frame_seqlen=frame_seqlen,
+            num_frame_per_block=self.num_frame_per_block,
+            local_attn_size=window,
+            sink_size=self.sink_size,
+        )

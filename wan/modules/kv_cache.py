@@ -1,0 +1,151 @@
+"""What the past looks like to the transformer: keys and values of committed frames, in static memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .masks import check_window, visible_ranges
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Context of one path through the generator: keys and values of committed frames, per layer.
+
+    The slab of each layer has room for `capacity` frames. Frame f lies in slot f until the slab is full; then the newest
+    frame takes the slot of the oldest one after the sink. Attention does not care about the order of rotated keys, so nothing
+    is ever moved. capacity 6, sink_size 1, blocks of 2:
+
+        after block 0:  0 1 . . . .      after block 2:  0 1 2 3 4 5
+        after block 1:  0 1 2 3 . .      after block 3:  0 6 7 3 4 5      frames 1 and 2 are gone, 0 is the sink
+
+    A walk's rhythm for one block of n frames: any number of passes with `context(n)`, the last of them on the clean block,
+    then `commit(n)`. Networks write the block's own keys into its slots but never move `start_frame`.
+
+    `capacity` above the window keeps the whole past: nothing is overwritten, so that a checkpointed training pass may be
+    recomputed later; the window is honoured when reading (sink included), exactly as by a full slab.
+    """
+
+    keys: list[Tensor]  # num_layers x [B, capacity * frame_seqlen, N, D]
+    values: list[Tensor]
+    frame_seqlen: int
+    num_frame_per_block: int
+    local_attn_size: int = -1
+    sink_size: int = 0
+    start_frame: int = 0  # absolute index of the next frame; a Python int, never read back from the device
+    text: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)  # cross-attention K/V per layer
+    image: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+    def __post_init__(self):
+        check_window(self.local_attn_size, self.sink_size, self.num_frame_per_block)
+        self.forget_prompt()
+
+    @property
+    def capacity(self) -> int:
+        """Frames that the slab has room for."""
+        return self.keys[0].shape[1] // self.frame_seqlen
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    def slot(self, frame: int) -> int:
+        """Where frame `frame` lies in the slab (once it has been written, and until it is overwritten)."""
+        if frame < self.capacity:
+            return frame
+        return self.sink_size + (frame - self.sink_size) % (self.capacity - self.sink_size)
+
+    def context(self, num_frames: int) -> "KVContext":
+        """Frozen view for passes over the next `num_frames` frames. Raises ValueError when a block outgrows the slab."""
+        start, stop = self.start_frame, self.start_frame + num_frames
+        if stop > self.capacity and self.capacity != self.local_attn_size:  # only a slab of the window's size is a ring
+            raise ValueError(
+                f"the KV cache has room for {self.capacity} latent frames, frame {stop - 1} does not fit; make it with "
+                f"num_frames>={stop}, or set local_attn_size to stream without end"
+            )
+        return KVContext(self, start, stop)
+
+    def commit(self, num_frames: int) -> None:
+        """The block just written becomes context."""
+        self.start_frame += num_frames
+
+    def reset(self) -> None:
+        """Forget video and prompt; the memory stays."""
+        self.start_frame = 0
+        self.forget_prompt()
+
+    def forget_prompt(self) -> None:
+        """Forget the cross-attention keys and values: the next pass reads text and image anew."""
+        self.text = [None] * len(self.keys)
+        self.image = [None] * len(self.keys)
+
+
+class KVContext:
+    """What one pass over frames [start_frame, stop_frame) sees of a cache. Networks write their block, and move nothing."""
+
+    def __init__(self, cache: KVCache, start_frame: int, stop_frame: int):
+        self.start_frame, self.stop_frame = start_frame, stop_frame
+        self._cache = cache
+        visible = visible_ranges(stop_frame, cache.local_attn_size, cache.sink_size)
+        self._past = [cache.slot(f) for first, last in visible for f in range(first, min(last, start_frame))]
+        self._own = [cache.slot(f) for f in range(start_frame, stop_frame)]
+
+    @property
+    def frames(self) -> list[int]:
+        """Absolute index of every key frame that `extend` returns, in its order."""
+        by_slot = {self._cache.slot(f): f for f in self._frame_order()}
+        return [by_slot[slot] for slot in self._slots()]
+
+    def _frame_order(self) -> Iterator[int]:
+        for first, last in visible_ranges(self.stop_frame, self._cache.local_attn_size, self._cache.sink_size):
+            yield from range(first, last)
+
+    def _slots(self) -> list[int]:
+        """Slots in the order of the returned keys: slab order when the slab is read in place, else past then own."""
+        if self._reads_in_place():
+            return sorted(self._past + self._own)
+        return self._past + self._own
+
+    def _reads_in_place(self) -> bool:
+        """Without gradient, and when past and block together fill a prefix of the slab, no key need be copied."""
+        used = sorted(self._past + self._own)
+        return not torch.is_grad_enabled() and used == list(range(len(used)))
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of context and block: key, value [B, n * frame_seqlen, N, D] -> [B, visible, N, D] each.
+
+        Without gradient the block is written into its slots (in place). With gradient nothing is written: the context is a
+        detached copy, so that no gradient crosses blocks and a recomputed pass reads what the first one read.
+        """
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if key.shape[0] != keys.shape[0]:
+            raise ValueError(f"the KV cache was made for batch {keys.shape[0]}, this pass has batch {key.shape[0]}; make a new cache")
+        if not torch.is_grad_enabled():
+            self._write(keys, key)
+            self._write(values, value)
+            if self._reads_in_place():
+                length = (len(self._past) + len(self._own)) * self._cache.frame_seqlen
+                return keys[:, :length], values[:, :length]
+        past = list(_runs(self._past))
+        return self._join(keys, past, key), self._join(values, past, value)
+
+    def _write(self, slab: Tensor, block: Tensor) -> None:
+        done = 0
+        for first, last in _runs(self._own):
+            first, last = first * self._cache.frame_seqlen, last * self._cache.frame_seqlen
+            slab[:, first:last] = block[:, done : done + last - first]
+            done += last - first
+
+    def _join(self, slab: Tensor, past: list[tuple[int, int]], block: Tensor) -> Tensor:
+        size = self._cache.frame_seqlen
+        return torch.cat([slab[:, first * size : last * size].detach() for first, last in past] + [block], dim=1)
+
+
+def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive slots as half-open ranges: [0, 4, 5, 6, 1] -> (0, 1), (4, 7), (1, 2)."""
+    start = 0
+    for i in range(1, len(slots) + 1):
+        if i == len(slots) or slots[i] != slots[i - 1] + 1:
+            yield slots[start], slots[i - 1] + 1
+            start = i

@@ -1,0 +1,385 @@
+"""The Wan2.1 transformer. Attribute names are the published checkpoints' names: they are public API.
+
+Shapes: B batch, F latent frames, C latent channels, H W latent size, S tokens per frame, L = F * S tokens, N heads, D head
+size, T text tokens.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..configs import WanConfig
+from .attention import attention, check_backend
+from .rope import apply_rope, rope_frequencies
+from .weights import load_weights, save_safetensors
+
+# Self-attention of one layer, rotary positions included: (layer, q, k, v), each [B, L, N, D] -> [B, L, N, D].
+# Blocks do not know whether there is a mask, a cache, or neither.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """[cos | sin] of t * 10000^(-k / (dim/2)), k = 0 .. dim/2 - 1: any shape of t -> [..., dim] float32 (float64 inside)."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class WanRMSNorm(nn.Module):
+    """RMS norm over the full width, before the split into heads; statistics in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class WanLayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever comes in; dtype kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift per frame: x [B, F*S, dim]; shift, scale [B, F, dim] float32. Float32 inside, dtype kept."""
+    frames = x.unflatten(1, (shift.shape[1], -1)).float()
+    return (frames * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + update * gate per frame: x, update [B, F*S, dim]; gate [B, F, dim] float32. Float32 inside, dtype of x kept."""
+    update = update.unflatten(1, (gate.shape[1], -1)).float() * gate.unsqueeze(2)
+    return (x.float() + update.flatten(1, 2)).to(x.dtype)
+
+
+class WanSelfAttention(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = (
+            WanRMSNorm(dim, config.eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
+        q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+        return self.o(attend(layer, q, k, v).flatten(2))
+
+
+class WanCrossAttention(WanSelfAttention):
+    """Video looks at text, and at the image's CLIP tokens through keys and values of their own (model_type i2v)."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__(config)
+        if config.model_type == "i2v":
+            self.k_img, self.v_img = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
+            self.norm_k_img = WanRMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of text [B, T, dim] -> [B, T, N, D] each. Padding rows are attended to, as Wan was trained."""
+        return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+
+    def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
+
+    def forward(
+        self, x: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor] | None, backend: str
+    ) -> Tensor:
+        q = self.heads(self.norm_q(self.q(x)))
+        out = attention(q, *text, backend)
+        if image is not None:
+            out = out + attention(q, *image, backend)
+        return self.o(out.flatten(2))
+
+
+class WanAttentionBlock(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm1 = WanLayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.self_attn = WanSelfAttention(config)
+        self.norm3 = WanLayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = WanCrossAttention(config)
+        self.norm2 = WanLayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        layer: int,
+        attend: Attend,
+        text: tuple[Tensor, Tensor],
+        image: tuple[Tensor, Tensor] | None,
+        backend: str,
+    ) -> Tensor:
+        """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: keys and values for this layer."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
+        x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), layer, attend), gate1)
+        x = x + self.cross_attn(self.norm3(x), text, image, backend)
+        return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+
+
+class Head(nn.Module):
+    """Tokens -> patches of the flow."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm = WanLayerNorm(config.dim, config.eps, elementwise_affine=False)
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = nn.Linear(config.dim, patch * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens [B, 257, clip_dim] -> [B, 257, dim]."""
+
+    def __init__(self, clip_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(clip_dim), nn.Linear(clip_dim, clip_dim), nn.GELU(), nn.Linear(clip_dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, clip_fea: Tensor) -> Tensor:
+        return self.proj(clip_fea)
+
+
+class WanModel(nn.Module):
+    """Bidirectional Wan2.1 transformer (arXiv 2503.20314): predicts the flow eps - x0 of a noisy latent clip.
+
+    `gradient_checkpointing` recomputes each block in the backward pass; gradients are unchanged.
+    """
+
+    def __init__(self, config: WanConfig, *, attention_backend: str = "auto"):
+        super().__init__()
+        check_backend(attention_backend)
+        self.config = config
+        self.attention_backend = attention_backend
+        self.gradient_checkpointing = False
+        self._block_forward: Callable | None = None  # compiled by compile_blocks
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.model_type == "i2v":
+            self.img_emb = ImageEmbedding(config.clip_dim, dim)
+        if config.pose_dim:
+            self.pose_proj = nn.Identity() if config.pose_dim == dim else nn.Linear(config.pose_dim, dim)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier for linear layers, N(0, .02) for text and time, zero for the head and the pose: a new model predicts 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+        if isinstance(getattr(self, "pose_proj", None), nn.Linear):
+            nn.init.zeros_(self.pose_proj.weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        add_condition: Tensor | None = None,
+    ) -> Tensor:
+        """Flow of a whole clip; every token sees every token.
+
+        x [B, C, F, H, W]; t [B] or [B, F] in [0, 1000]; context [B, <=T, text_dim] (padded with zeros to text_len, padding
+        is attended to); clip_fea [B, 257, clip_dim] and y [B, in_dim - C, F, H, W] for i2v; add_condition [B, L, pose_dim].
+        Returns [B, out_dim, F, H, W].
+        """
+        tokens, grid = self.embed(x, y, add_condition)
+        rope = rope_frequencies(self.config.head_dim, range(grid[0]), *grid[1:], device=x.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(apply_rope(q, rope), apply_rope(k, rope), v, self.attention_backend)
+
+        return self.run(tokens, self.frame_times(t, grid[0]), context, clip_fea, attend, grid)
+
+    def embed(self, x: Tensor, y: Tensor | None, add_condition: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """Patches as tokens [B, L, dim], and their grid (F, rows, columns)."""
+        channels = x.shape[1] + (0 if y is None else y.shape[1])
+        if channels != self.config.in_dim:
+            expected = self.config.in_dim - self.config.out_dim
+            remedy = (
+                f"this model needs y with {expected} channels (4 mask + image latent); use encode_image()"
+                if expected
+                else "this model takes no y; give the image as initial_latent, or use an i2v model"
+            )
+            raise ValueError(f"{channels} input channels came, the model takes {self.config.in_dim}: {remedy}")
+        if y is not None:
+            x = torch.cat([x, y.to(x.dtype)], dim=1)
+        self.config.tokens_per_frame(*x.shape[-2:])  # a size that does not split into patches is refused with a remedy
+        patches = self.patch_embedding(x.to(self.dtype))
+        tokens = patches.flatten(2).transpose(1, 2)
+        if add_condition is not None:
+            tokens = tokens + self.embed_pose(add_condition, tokens.shape[1])
+        return tokens, tuple(patches.shape[2:])
+
+    def embed_pose(self, add_condition: Tensor, num_tokens: int) -> Tensor:
+        """Pose tokens [B, L, pose_dim] -> [B, L, dim]."""
+        if not self.config.pose_dim:
+            raise ValueError("this model takes no add_condition (pose_dim is 0 in its config.json)")
+        if add_condition.shape[1:] != (num_tokens, self.config.pose_dim):
+            raise ValueError(
+                f"add_condition has {tuple(add_condition.shape[1:])} (tokens, width), the video has "
+                f"{(num_tokens, self.config.pose_dim)}; give one pose token per video token"
+            )
+        return self.pose_proj(add_condition.to(self.dtype))
+
+    def frame_times(self, t: Tensor, num_frames: int) -> Tensor:
+        """t [B] or [B, F] -> [B, F]."""
+        return t[:, None].expand(-1, num_frames) if t.dim() == 1 else t
+
+    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t [B, F] -> (embedding [B, F, dim] for the head, modulation [B, F, 6, dim] for the blocks), float32."""
+        embedding = self.time_embedding(sinusoidal_embedding(t, self.config.freq_dim).to(self.dtype))
+        return embedding.float(), self.time_projection(embedding).unflatten(-1, (6, -1)).float()
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """[B, <=T, text_dim] -> [B, T, dim]; zero rows fill up to text_len and are attended to, as Wan was trained."""
+        length = context.shape[1]
+        if length > self.config.text_len or context.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"prompt embeddings {tuple(context.shape[1:])} do not fit a model with at most {self.config.text_len} text "
+                f"tokens of width {self.config.text_dim}; use the text encoder of the same model folder"
+            )
+        return self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, self.config.text_len - length)))
+
+    def run(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None,
+        attend: Attend,
+        grid: tuple[int, int, int],
+        kv_cache=None,
+        num_head_frames: int | None = None,
+    ) -> Tensor:
+        """All blocks and the head on embedded tokens [B, L, dim]; t [B, frames of the token sequence].
+
+        kv_cache: where the prompt's keys are remembered (wan.modules.kv_cache.KVCache), without gradient only.
+        num_head_frames: only the last so many frames go through the head (teacher forcing: the noisy half).
+        """
+        time, modulation = self.embed_time(t)
+        remember = kv_cache if not torch.is_grad_enabled() else None
+        text = image = None  # embedded when a layer first asks
+        if remember is None or remember.text[0] is None:
+            text = self.embed_text(context)
+            if self.config.model_type == "i2v":
+                if clip_fea is None:
+                    raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim]; use encode_image()")
+                image = self.img_emb(clip_fea.to(self.dtype))
+        for layer, block in enumerate(self.blocks):
+            text_keys, image_keys = prompt_keys(block.cross_attn, layer, text, image, remember)
+            call = block if self._block_forward is None else partial_block(self._block_forward, block)
+            arguments = (tokens, modulation, layer, attend, text_keys, image_keys, self.attention_backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(call, *arguments, use_reentrant=False)
+            else:
+                tokens = call(*arguments)
+        frames = num_head_frames or grid[0]
+        num_tokens = frames * grid[1] * grid[2]
+        patches = self.head(tokens[:, -num_tokens:], time[:, -frames:])
+        return self.unpatchify(patches, (frames, *grid[1:]))
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, F*h*w, prod(patch) * C] -> [B, C, F*pf, h*ph, w*pw]; in a patch the channel varies fastest."""
+        (f, h, w), (pf, ph, pw) = grid, self.config.patch_size
+        video = patches.reshape(len(patches), f, h, w, pf, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return video.reshape(len(patches), -1, f * pf, h * ph, w * pw)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **kwargs
+    ) -> Self:
+        """Load `config.json` and `diffusion_pytorch_model*.safetensors` straight to `device` in `dtype` (None: as stored).
+
+        kwargs go to the constructor. Raises FileNotFoundError or ValueError saying what is missing or does not fit.
+        """
+        with torch.device("meta"):
+            model = cls(WanConfig.from_folder(folder), **kwargs)
+        files = sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"{folder} holds no diffusion_pytorch_model*.safetensors; "
+                f"get it with: hf download Wan-AI/{Path(folder).name} --local-dir {folder}"
+            )
+        load_weights(model, files, device=device, dtype=dtype)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `config.json` and `diffusion_pytorch_model.safetensors` in the published layout."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(self.config.to_json(), encoding="utf-8")
+        save_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors", dtype)
+
+    def compile_blocks(self, **kwargs) -> None:
+        """Compile the blocks (one graph for all layers); kwargs go to torch.compile. The state dict keeps its names."""
+        self._block_forward = torch.compile(WanAttentionBlock.forward, **kwargs)
+
+
+def partial_block(forward: Callable, block: WanAttentionBlock) -> Callable:
+    return lambda *arguments: forward(block, *arguments)
+
+
+def prompt_keys(
+    cross_attn: WanCrossAttention, layer: int, text: Tensor | None, image: Tensor | None, remember
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Cross-attention keys of one layer: remembered ones, or fresh ones (which are then remembered)."""
+    if remember is not None and remember.text[layer] is not None:
+        return remember.text[layer], remember.image[layer]
+    text_keys = cross_attn.text_keys(text)
+    image_keys = None if image is None else cross_attn.image_keys(image)
+    if remember is not None:
+        remember.text[layer], remember.image[layer] = text_keys, image_keys
+    return text_keys, image_keys
