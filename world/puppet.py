@@ -124,7 +124,12 @@ def sample_scenes(
     candidates = 16 if split == "train" else 256
     drawn = [
         (uniform(stream, candidates) * options).long()
-        for stream, options in ((1, len(BODY_COLOURS)), (2, len(BACKGROUNDS)), (3, len(ACTIONS)), (5, len(BODY_COLOURS)))
+        for stream, options in (
+            (1, len(BODY_COLOURS)),
+            (2, len(BACKGROUNDS)),
+            (3, len(ACTIONS)),
+            (5, len(BODY_COLOURS)),
+        )
     ]
     kind = uniform(4, candidates)
     prop = torch.where(kind < no_prop, 0, 1 + ((kind - no_prop) / (1 - no_prop) * 3).long().clamp(max=2))
@@ -382,11 +387,15 @@ def _act(scenes: Scenes, turns: Tensor) -> dict[str, Tensor]:
     zero = torch.zeros_like(sin)
 
     def saying(**channels) -> Tensor:
-        rest = dict(arm_lead=0.30, arm_other=0.30, elbow_lead=0.12, elbow_other=0.12, foot_lead=_STANCE, foot_other=_STANCE)
+        rest = dict(
+            arm_lead=0.30, arm_other=0.30, elbow_lead=0.12, elbow_other=0.12, foot_lead=_STANCE, foot_other=_STANCE
+        )
         rest.update(channels)
         return torch.stack([zero + rest.get(name, 0.0) for name in _CHANNELS])
 
-    wave = saying(arm_lead=2.05 + 0.12 * sin, elbow_lead=0.72 + 0.62 * sin, tilt=0.10 - 0.05 * sin, px=1.5 * sin, lean=0.03 * sin)
+    wave = saying(
+        arm_lead=2.05 + 0.12 * sin, elbow_lead=0.72 + 0.62 * sin, tilt=0.10 - 0.05 * sin, px=1.5 * sin, lean=0.03 * sin
+    )
 
     # Walking to and fro: each foot stands where the pelvis passes over it in the middle of its stance.
     def path(at: Tensor) -> Tensor:

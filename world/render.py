@@ -197,7 +197,9 @@ def shapes(scenes: Scenes, frames: Tensor) -> Shapes:
         line(cheek - across, cheek + across, cheek, 2.2 * zoom, 2.2 * zoom, 2.2 * zoom)
     mouth = nose - up * size * 0.20
     smile = across * size * 0.25
-    line(mouth - smile + up * 0.8 * zoom, mouth - up * 0.5 * zoom, mouth + smile + up * 0.8 * zoom, *(3 * (0.8 * zoom,)))
+    line(
+        mouth - smile + up * 0.8 * zoom, mouth - up * 0.5 * zoom, mouth + smile + up * 0.8 * zoom, *(3 * (0.8 * zoom,))
+    )
 
     colours = [
         lighter, _tint(shoe, 0.12), darker, shoe, body, lighter, skin, darker, skin * 0.93,
@@ -286,7 +288,9 @@ def paint(
         distance = segment(0, 1, i)
         if layer.segments == 2:
             distance = torch.minimum(distance, segment(1, 2, i))
-        image, uncovered = over(image, uncovered, distance, per_scene(colours[:, i]), layer, per_frame(radii[:, :, i, 1]))
+        image, uncovered = over(
+            image, uncovered, distance, per_scene(colours[:, i]), layer, per_frame(radii[:, :, i, 1])
+        )
         if i == _CAP_AFTER:
             cx, cy, ux, uy, radius, cut = (per_frame(cap[..., k]) for k in range(6))
             round_ = ((x - cx) ** 2 + (y - cy) ** 2).sqrt() - radius
