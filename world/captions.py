@@ -123,6 +123,7 @@ PROP_PHRASES = (
     "a {} bouncing beside it", "a {} bounces next to it", "with a {} bouncing at its side", "beside a bouncing {}",
     "next to a {}", "together with a {}",
 )  # fmt: skip
+OPENINGS = ("A video of", "A short clip of", "There is", "We see", "A cartoon of", "Show")
 NO_PROP_PHRASES = ("alone", "all by itself", "with nothing beside it", "without any toys")
 
 
@@ -160,7 +161,10 @@ def _caption(row: tuple[int, ...], rng: random.Random, full: bool) -> str:
         company = _articled(rng.choice(PROP_PHRASES), thing)
 
     dressed = colour and rng.random() < 0.2
-    who = _article(f"{subject} dressed in {colour}" if dressed else f"{colour} {subject}".strip())
+    who = f"{subject} dressed in {colour}" if dressed else f"{colour} {subject}".strip()
+    who = f"the {who}" if rng.random() < 0.15 else _article(who)
+    if rng.random() < 0.06:  # a made-up name is spelled in letters: unknown words are met in training, and mean nothing
+        who += f" called {_name(rng)}"
     form = rng.random()
     if not says_action:
         parts = [who, place, company]
@@ -170,7 +174,8 @@ def _caption(row: tuple[int, ...], rng: random.Random, full: bool) -> str:
     elif form < 0.5:
         parts = [f"{who} {participle} {pace}".strip(), place, company]
     else:
-        parts = [f"{who} {finite} {pace}".strip(), place, company]
+        verb = f"is {participle}" if rng.random() < 0.3 else finite
+        parts = [f"{who} {verb} {pace}".strip(), place, company]
     if parts[1] and rng.random() < 0.5:  # "waves before a mint wall" rather than "waves, before a mint wall"
         parts[:2] = [f"{parts[0]} {parts[1]}"]
     return _finish(parts, rng, is_noun_phrase=not says_action or form < 0.5)
@@ -182,8 +187,12 @@ def _finish(parts: list[str], rng: random.Random, is_noun_phrase: bool) -> str:
     if style < 0.4:
         text = text[0].upper() + text[1:] + "."
     elif style < 0.6 and is_noun_phrase:
-        text = f"A video of {text[0].lower() + text[1:]}"
+        text = f"{rng.choice(OPENINGS)} {text}"
     return text
+
+
+def _name(rng: random.Random) -> str:
+    return "".join(rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))).title()
 
 
 def _article(words: str) -> str:
