@@ -1,7 +1,10 @@
 """q, k, v -> output, on whatever hardware there is: the one place where an attention kernel is chosen."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-BACKENDS = ("auto", "flash3", "flash2", "sdpa")
+BACKENDS = ("auto", "flash", "sdpa")
 
 # Compiled once per process, here: eager flex-attention holds the whole score matrix, and compiling inside forward would
 # compile again for every module. No CUDA graphs: the training sequence changes its addresses every step.
@@ -17,22 +20,12 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache(maxsize=1)
-def _flash_kernels() -> dict[str, object]:
-    """Installed flash-attn kernels by backend name."""
-    kernels = {}
-    try:
-        from flash_attn_interface import flash_attn_func
-
-        kernels["flash3"] = flash_attn_func
-    except ImportError:
-        pass  # optional; SDPA serves
-    try:
-        from flash_attn import flash_attn_func
-
-        kernels["flash2"] = flash_attn_func
-    except ImportError:
-        pass  # optional; SDPA serves
-    return kernels
+def _flash_kernel() -> Callable | None:
+    """The newest installed flash-attn, which is optional."""
+    for module in ("flash_attn_interface", "flash_attn"):  # 3, 2
+        if find_spec(module):
+            return import_module(module).flash_attn_func
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -52,24 +45,18 @@ def check_backend(backend: str) -> None:
     """Raise ValueError if `backend` is unknown, ImportError with the install line if it is not installed."""
     if backend not in BACKENDS:
         raise ValueError(f"attention_backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
-    if backend.startswith("flash") and backend not in _flash_kernels():
-        package = {"flash3": "flash-attn-3 (built from source)", "flash2": "flash-attn"}[backend]
-        raise ImportError(f"attention_backend {backend} needs {package}, which is not installed; use 'auto' or 'sdpa'")
+    if backend == "flash" and _flash_kernel() is None:
+        raise ImportError("attention_backend 'flash' needs flash-attn: pip install flash-attn --no-build-isolation; or use 'auto'")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """Softmax attention without a mask: q [B, Lq, N, D], k and v [B, Lk, N, D] -> [B, Lq, N, D]; dtype kept.
 
-    backend: "auto" takes flash-attn 3, then 2, where they are installed and the tensors are half precision on CUDA, else
-    torch's scaled_dot_product_attention. A flash backend asked for by name raises ImportError where it is missing.
+    backend: "auto" takes flash-attn 3 or 2 where installed and the tensors are half precision on CUDA, else torch's
+    scaled_dot_product_attention (cuDNN first on Hopper). "flash" insists, "sdpa" declines.
     """
-    kernel = None
-    if backend == "auto":
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            kernel = next(iter(_flash_kernels().values()), None)
-    elif backend != "sdpa":
-        check_backend(backend)
-        kernel = _flash_kernels()[backend]
+    half_on_cuda = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    kernel = _flash_kernel() if backend == "flash" or (backend == "auto" and half_on_cuda) else None
     if kernel is not None:
         out = kernel(q, k, v)
         return out[0] if isinstance(out, tuple) else out  # some flash-attn 3 releases also return the log-sum-exp

@@ -127,6 +127,14 @@ class CausalWanModel(WanModel):
 
         return attend_in_window
 
+    def cache_capacity(self, num_frames: int | None, *, keep_all: bool = False) -> int:
+        """Latent frames that a cache holds for a video of num_frames (None: without end)."""
+        if num_frames is None and (self.local_attn_size == -1 or keep_all):
+            raise ValueError("a cache that keeps the whole past needs num_frames; set local_attn_size to stream without end")
+        if self.local_attn_size == -1 or keep_all:
+            return num_frames
+        return self.local_attn_size if num_frames is None else min(self.local_attn_size, num_frames)
+
     def make_kv_cache(
         self, batch_size: int, height: int, width: int, num_frames: int | None = None, *, keep_all: bool = False
     ) -> KVCache:
@@ -136,13 +144,7 @@ class CausalWanModel(WanModel):
         overwrite (a training rollout whose checkpointed blocks are recomputed). Memory: 2 * num_layers * frames * tokens per
         frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21 frames of 60x104.
         """
-        window = self.local_attn_size
-        if window == -1 or keep_all:
-            if num_frames is None:
-                raise ValueError("a cache that keeps the whole past needs num_frames; set local_attn_size to stream without end")
-            capacity = num_frames
-        else:
-            capacity = window if num_frames is None else min(window, num_frames)
+        capacity = self.cache_capacity(num_frames, keep_all=keep_all)
         frame_seqlen = self.config.tokens_per_frame(height, width)
         shape = (batch_size, capacity * frame_seqlen, self.config.num_heads, self.config.head_dim)
 
@@ -154,6 +156,6 @@ class CausalWanModel(WanModel):
             values=[slab() for _ in self.blocks],
             frame_seqlen=frame_seqlen,
             num_frame_per_block=self.num_frame_per_block,
-            local_attn_size=window,
+            local_attn_size=self.local_attn_size,
             sink_size=self.sink_size,
         )

@@ -50,6 +50,12 @@ class KVCache:
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
+    def fits(self, batch_size: int, capacity: int, frame_seqlen: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether this memory can serve another video of that shape."""
+        slab = self.keys[0]
+        mine = (slab.shape[0], self.capacity, self.frame_seqlen, slab.dtype, slab.device)
+        return mine == (batch_size, capacity, frame_seqlen, dtype, device)
+
     def slot(self, frame: int) -> int:
         """Where frame `frame` lies in the slab (once it has been written, and until it is overwritten)."""
         if frame < self.capacity:

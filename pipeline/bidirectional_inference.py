@@ -1,0 +1,82 @@
+"""The undistilled teacher's pipeline: one pass sees the whole clip."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.samplers import SampleNoise, guide, multi_step
+from utils.conditioning import Conditioning
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+
+
+class BidirectionalInferencePipeline:
+    """Many-step generation of a whole clip with classifier-free guidance. The interface is the causal pipeline's."""
+
+    def __init__(
+        self,
+        generator: WanDiffusionWrapper,
+        text_encoder: WanTextEncoder | Callable[[Sequence[str]], Tensor],
+        vae: WanVAEWrapper,
+        *,
+        guidance_scale: float = 5.0,
+        negative_prompt: str = "",
+        solver: str = "unipc",
+        sampling_steps: int = 50,
+    ):
+        self.generator = generator
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.solver = solver
+        self.sampling_steps = sampling_steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.model.device
+
+    def stream(self, noise: Tensor | None = None, text_prompts: Sequence[str] = (), **options) -> Iterator[Tensor]:
+        """Yield the whole video [B, F_px, 3, height, width] in [0, 1] at once: this model sees no block before the last."""
+        yield self.inference(noise, text_prompts, **options)
+
+    @torch.no_grad()
+    def inference(
+        self,
+        noise: Tensor | None = None,
+        text_prompts: Sequence[str] = (),
+        *,
+        seeds: Sequence[int] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        initial_latent: Tensor | None = None,
+        return_latents: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Video [B, F_px, 3, height, width] in [0, 1]; arguments as in CausalDiffusionInferencePipeline."""
+        if initial_latent is not None:
+            raise ValueError("a bidirectional model cannot go on from given frames; set causal=true")
+        if isinstance(text_prompts, str):
+            text_prompts = [text_prompts]
+        if noise is None:
+            if num_frames is None or height is None or width is None:
+                raise ValueError("give noise, or num_frames, height and width")
+            stride = self.vae.model.spatial_stride
+            draw = SampleNoise(range(len(text_prompts)) if seeds is None else seeds, self.device)
+            channels = self.generator.model.config.out_dim
+            noise = draw((len(text_prompts), num_frames, channels, height // stride, width // stride))
+        noise = noise.to(self.device).float()
+        embeds = [self.text_encoder(text_prompts)]
+        if self.guidance_scale != 1:
+            embeds.append(self.text_encoder([self.negative_prompt] * len(text_prompts)))
+        conditions = [Conditioning(embed.to(self.device)) for embed in embeds]
+
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            timestep = torch.as_tensor(t, device=x.device).float().expand(x.shape[:2])
+            flows = [self.generator(x, condition, timestep)[0] for condition in conditions]
+            flow = flows[0] if len(flows) == 1 else guide(*flows, self.guidance_scale)
+            return flow, self.generator.scheduler.flow_to_x0(flow, x, timestep)
+
+        latents = multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)
+        video = (self.vae.decode_to_pixel(latents) + 1) / 2
+        return (video, latents) if return_latents else video

@@ -1,0 +1,83 @@
+"""From a run's Config to a pipeline: the one file below trainer/ that reads it."""
+
+import logging
+
+import torch
+
+from pipeline.bidirectional_inference import BidirectionalInferencePipeline
+from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
+from utils.checkpoint import load_generator
+from utils.config import Config
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one. Raises ValueError when CUDA is asked for and absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} is asked for, but torch sees no CUDA GPU; use device=cpu, or install a CUDA build of torch")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def build_generator(config: Config, device: torch.device, dtype: torch.dtype) -> WanDiffusionWrapper:
+    """The transformer with its weights: the model folder's, or those of `generator_ckpt`."""
+    generator = WanDiffusionWrapper(
+        config.model_name,
+        is_causal=config.causal,
+        timestep_shift=config.timestep_shift,
+        num_frame_per_block=config.num_frame_per_block,
+        local_attn_size=config.model_kwargs.local_attn_size,
+        sink_size=config.model_kwargs.sink_size,
+        independent_first_frame=config.independent_first_frame,
+        rope_base=config.rope_base,
+        attention_backend=config.attention_backend,
+        from_scratch=config.generator_ckpt is not None,
+        device="meta" if config.generator_ckpt else device,
+        dtype=dtype,
+    )
+    if config.generator_ckpt:
+        load_generator(generator, config.generator_ckpt, use_ema=config.use_ema, device=device, dtype=dtype)
+    return generator.eval().requires_grad_(False)
+
+
+def build_pipeline(
+    config: Config, device: torch.device | str | None = None, generator: WanDiffusionWrapper | None = None
+) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
+    """Everything that turns prompts into pixels. device None: the config's. `generator`: a network in training to sample from."""
+    device = resolve_device(config.device) if device is None else torch.device(device)
+    dtype = resolve_dtype(config.dtype, device)
+    text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
+    vae = WanVAEWrapper(config.model_name, device=device, dtype=dtype)
+    generator = generator or build_generator(config, device, dtype)
+    sampling = {
+        "guidance_scale": config.guidance_scale,
+        "negative_prompt": config.negative_prompt,
+        "solver": config.solver,
+        "sampling_steps": config.sampling_steps,
+    }
+    if not config.causal:
+        return BidirectionalInferencePipeline(generator, text_encoder, vae, **sampling)
+    return CausalDiffusionInferencePipeline(
+        generator,
+        text_encoder,
+        vae,
+        num_frame_per_block=config.num_frame_per_block,
+        denoising_step_list=config.denoising_step_list,
+        warp_denoising_step=config.warp_denoising_step,
+        context_noise=config.context_noise,
+        independent_first_frame=config.independent_first_frame,
+        **sampling,
+    )

@@ -1,0 +1,212 @@
+"""Words in, video out: the causal pipeline, few-step or many-step, whole or as a stream."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pipeline.rollout import FrameBlock, Path, denoise_path, plan_blocks, rollout
+from pipeline.samplers import SampleNoise, few_step, guide, multi_step
+from utils.conditioning import Conditioning
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from wan.modules.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
+
+
+class CausalDiffusionInferencePipeline:
+    """Generates video block by block from a KV cache.
+
+    denoising_step_list: times of a few-step (self-forcing) model on the unshifted 0-1000 grid, warped by the generator's
+    shift unless warp_denoising_step is off; one pass each, no guidance. None: `sampling_steps` of `solver` with classifier-free
+    guidance over two caches, kv_cache_pos and kv_cache_neg. context_noise: time in [0, 1000] at which finished blocks are
+    remembered.
+
+    The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
+    """
+
+    def __init__(
+        self,
+        generator: WanDiffusionWrapper,
+        text_encoder: WanTextEncoder | Callable[[Sequence[str]], Tensor],
+        vae: WanVAEWrapper,
+        *,
+        guidance_scale: float = 3.0,
+        negative_prompt: str = "",
+        num_frame_per_block: int = 3,
+        denoising_step_list: Sequence[float] | None = None,
+        warp_denoising_step: bool = True,
+        solver: str = "unipc",
+        sampling_steps: int = 50,
+        context_noise: float = 0.0,
+        independent_first_frame: bool = False,
+    ):
+        self.generator = generator
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.num_frame_per_block = num_frame_per_block
+        self.solver = solver
+        self.sampling_steps = sampling_steps
+        self.context_noise = context_noise
+        self.independent_first_frame = independent_first_frame
+        self.kv_cache_pos: KVCache | None = None
+        self.kv_cache_neg: KVCache | None = None
+        self._streams = 0
+        self.timesteps: list[float] | None = None
+        if denoising_step_list:
+            steps = [float(t) for t in denoising_step_list if t > 0]  # a trailing 0 only marks the end
+            self.timesteps = generator.scheduler.warp(steps).tolist() if warp_denoising_step else steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.model.device
+
+    @torch.no_grad()
+    def stream(self, noise: Tensor | None = None, text_prompts: Sequence[str] = (), **options) -> Iterator[Tensor]:
+        """Yield pixels [B, f_px, 3, height, width] in [0, 1], float32, one block at a time as it is made.
+
+        noise [B, F, C, H, W]: start noise of the frames to generate. Without it, `seeds` (one int per prompt), `height` and
+        `width` (pixels, divisible by 16) and `num_frames` (latents in all, given ones included; None: without end) are
+        needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video; they are
+        decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
+        """
+        vae_cache = self.vae.model.make_cache()
+        for _, latents in self._walk(noise, text_prompts, **options):
+            pixels = self.vae.decode_to_pixel(latents, cache=vae_cache)
+            yield (pixels + 1) / 2
+
+    @torch.no_grad()
+    def inference(
+        self, noise: Tensor | None = None, text_prompts: Sequence[str] = (), *, return_latents: bool = False, **options
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A whole video [B, F_px, 3, height, width] in [0, 1]; with return_latents also its latents [B, F, C, H, W].
+
+        Arguments are `stream`'s; the video must have an end.
+        """
+        if noise is None and options.get("num_frames") is None:
+            raise ValueError("inference() needs num_frames or noise; use stream() for a video without end")
+        vae_cache, pixels, latents = self.vae.model.make_cache(), [], []
+        for _, block_latents in self._walk(noise, text_prompts, **options):
+            latents.append(block_latents)
+            pixels.append((self.vae.decode_to_pixel(block_latents, cache=vae_cache) + 1) / 2)
+        video = torch.cat(pixels, dim=1)
+        return (video, torch.cat(latents, dim=1)) if return_latents else video
+
+    def _walk(
+        self,
+        noise: Tensor | None,
+        text_prompts: Sequence[str],
+        *,
+        initial_latent: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Iterator[tuple[FrameBlock, Tensor]]:
+        """Blocks and their latents, given ones included."""
+        if isinstance(text_prompts, str):
+            text_prompts = [text_prompts]
+        if not text_prompts:
+            raise ValueError("no prompt came; give one text per video in text_prompts")
+        batch = len(text_prompts)
+        num_given = 0 if initial_latent is None else initial_latent.shape[1]
+        if noise is not None:
+            num_frames, latent_shape = num_given + noise.shape[1], tuple(noise.shape[2:])
+        else:
+            latent_shape = self.latent_shape(height, width)
+        for name, tensor in (("noise", noise), ("initial_latent", initial_latent)):
+            if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *latent_shape):
+                raise ValueError(
+                    f"{name} is {list(tensor.shape)}, {batch} prompts of latents {list(latent_shape)} need "
+                    f"[{batch}, frames, {', '.join(map(str, latent_shape))}]"
+                )
+        draw = SampleNoise(range(batch) if seeds is None else seeds, self.device)
+        blocks = plan_blocks(num_frames, self.num_frame_per_block, self.independent_first_frame, num_given)
+        if num_frames is None:
+            first = next(blocks)
+            blocks = chain([first], blocks)
+        else:
+            blocks = list(blocks)  # a length that does not split is refused here, before anything is made
+        paths = self._paths(text_prompts, latent_shape, num_frames)
+
+        def sample(block: FrameBlock, paths: list[Path]) -> Tensor:
+            shape = (batch, block.num_frames, *latent_shape)
+            if noise is None:
+                start = draw(shape)
+            else:
+                start = noise[:, block.start - num_given : block.stop - num_given].float()
+            return self.sample_block(start.to(self.device), block, paths, draw)
+
+        if initial_latent is not None:
+            initial_latent = initial_latent.to(self.device)
+        self._streams += 1
+        stream = self._streams
+        walk = rollout(
+            self.generator,
+            paths,
+            blocks,
+            sample,
+            initial_latent=initial_latent,
+            context_noise=self.context_noise,
+            draw=draw,
+        )
+        for step in walk:
+            yield step
+            if stream != self._streams:
+                raise RuntimeError("a newer stream of the same pipeline took over its caches; make one pipeline per stream")
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(C, H, W) of a video of height x width pixels."""
+        patch = self.generator.model.config.patch_size
+        stride = self.vae.model.spatial_stride
+        if height is None or width is None or height % (stride * patch[1]) or width % (stride * patch[2]):
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {stride * patch[1]} and {stride * patch[2]} pixels"
+            )
+        return self.generator.model.config.out_dim, height // stride, width // stride
+
+    def _paths(self, text_prompts: Sequence[str], latent_shape: tuple[int, int, int], num_frames: int | None) -> list[Path]:
+        """The guided path, and with guidance the unguided one; caches are reused where they fit."""
+        guided = self.timesteps is None and self.guidance_scale != 1
+        self.kv_cache_pos = self._cache(self.kv_cache_pos, len(text_prompts), latent_shape, num_frames)
+        prompt_embeds = self.text_encoder(text_prompts).to(self.device)
+        positive = Conditioning(prompt_embeds)
+        paths = [Path(positive, self.kv_cache_pos)]
+        if guided:
+            self.kv_cache_neg = self._cache(self.kv_cache_neg, len(text_prompts), latent_shape, num_frames)
+            negative_embeds = self.text_encoder([self.negative_prompt] * len(text_prompts)).to(self.device)
+            paths.append(Path(positive.negative(negative_embeds), self.kv_cache_neg))
+        return paths
+
+    def _cache(
+        self, cache: KVCache | None, batch: int, latent_shape: tuple[int, int, int], num_frames: int | None
+    ) -> KVCache:
+        """An empty cache: the old memory if it has the right shape."""
+        _, height, width = latent_shape
+        model = self.generator.model
+        capacity = model.cache_capacity(num_frames)
+        frame_seqlen = model.config.tokens_per_frame(height, width)
+        if cache is not None and cache.fits(batch, capacity, frame_seqlen, model.dtype, model.device):
+            cache.reset()
+            return cache
+        cache = model.make_kv_cache(batch, height, width, num_frames)
+        logger.info("KV cache of %d latent frames: %.2f GB", cache.capacity, cache.num_bytes / 1e9)
+        return cache
+
+    def sample_block(self, noise: Tensor, block: FrameBlock, paths: list[Path], draw: SampleNoise) -> Tensor:
+        """Clean latents of one block from its start noise [B, f, C, H, W] float32."""
+
+        def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+            predictions = [denoise_path(self.generator, path, block, x, t) for path in paths]
+            if len(predictions) == 1:
+                return predictions[0]
+            flow = guide(predictions[0][0], predictions[1][0], self.guidance_scale)
+            return flow, self.generator.scheduler.flow_to_x0(flow, x, t)
+
+        if self.timesteps is not None:
+            return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw)
+        return multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)

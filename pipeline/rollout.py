@@ -1,0 +1,120 @@
+"""The walk of a video, block by block: the same for inference, live streams and training."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.conditioning import Conditioning
+from utils.wan_wrapper import WanDiffusionWrapper
+from wan.modules.kv_cache import KVCache
+from wan.modules.masks import block_starts
+
+
+@dataclass(frozen=True)
+class FrameBlock:
+    """Latent frames [start, stop) of a video; `given` ones are not generated but only remembered."""
+
+    start: int
+    stop: int
+    given: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+
+def plan_blocks(
+    num_frames: int | None, num_frame_per_block: int, independent_first_frame: bool = False, num_input_frames: int = 0
+) -> Iterator[FrameBlock]:
+    """Blocks of a video of num_frames latents, of which the first num_input_frames are given. None: without end.
+
+    Given frames need not fill whole blocks: what is left of them makes a shorter first block, and generation goes on in whole
+    blocks after them. 7 given frames of 13 in blocks of 3: [0, 1) [1, 4) [4, 7) given, [7, 10) [10, 13) made.
+    Raises ValueError when what is left to generate does not split into whole blocks.
+    """
+    start = 0
+    leading = [1] if independent_first_frame and num_input_frames else []
+    leading += [(num_input_frames - sum(leading)) % num_frame_per_block]
+    leading = [size for size in leading if size]
+    while start < num_input_frames:
+        stop = start + (leading.pop(0) if leading else num_frame_per_block)
+        yield FrameBlock(start, stop, given=True)
+        start = stop
+    begins_with_one = independent_first_frame and start == 0
+    if num_frames is not None:
+        if num_frames <= start:
+            raise ValueError(f"{num_frames} latent frames are asked for and {start} are given; ask for more than are given")
+        bounds = [start + bound for bound in block_starts(num_frames - start, num_frame_per_block, begins_with_one)]
+        yield from (FrameBlock(*pair) for pair in zip(bounds, bounds[1:], strict=False))
+        return
+    while True:
+        stop = start + (1 if begins_with_one and start == 0 else num_frame_per_block)
+        yield FrameBlock(start, stop)
+        start = stop
+
+
+@dataclass
+class Path:
+    """One way through the generator: what steers it and what it remembers. Guidance walks two of them."""
+
+    conditioning: Conditioning
+    kv_cache: KVCache
+
+
+# From one block's start to its clean latents: (block, paths) -> [B, f, C, H, W]. It may run with gradient.
+SampleBlock = Callable[[FrameBlock, list[Path]], Tensor]
+
+
+def denoise_path(
+    generator: WanDiffusionWrapper, path: Path, block: FrameBlock, x: Tensor, t: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Flow and x0 of a block [B, f, C, H, W] at one time t, in the path's context. Moves nothing."""
+    timestep = torch.as_tensor(t, device=x.device).float().expand(x.shape[:2])
+    return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
+
+
+def rollout(
+    generator: WanDiffusionWrapper,
+    paths: list[Path],
+    blocks: Iterable[FrameBlock],
+    sample: SampleBlock,
+    *,
+    initial_latent: Tensor | None = None,
+    context_noise: float = 0.0,
+    draw: Callable[[torch.Size], Tensor] | None = None,
+) -> Iterator[tuple[FrameBlock, Tensor]]:
+    """Yield each block and its latents [B, f, C, H, W]; a block becomes context when the next one is asked for.
+
+    initial_latent [B, num_input_frames, C, H, W] fills the given blocks. Context costs one clean pass per block and path, and
+    the last block none. context_noise: time in [0, 1000] at which later blocks see a block; 0 adds exactly nothing, anything
+    else adds noise from `draw`, in training and inference alike.
+    """
+    previous = None
+    for block in blocks:
+        if previous is not None:
+            remember(generator, paths, *previous, context_noise, draw)
+        if block.given:
+            latents = initial_latent[:, block.start : block.stop].float()
+        else:
+            latents = sample(block, paths)
+        yield block, latents
+        previous = block, latents
+
+
+@torch.no_grad()
+def remember(
+    generator: WanDiffusionWrapper,
+    paths: list[Path],
+    block: FrameBlock,
+    latents: Tensor,
+    context_noise: float = 0.0,
+    draw: Callable[[torch.Size], Tensor] | None = None,
+) -> None:
+    """Make a finished block context: one pass at its final noise level, then commit. Nothing flows back into `latents`."""
+    if context_noise and not block.given:
+        latents = generator.scheduler.add_noise(latents, draw(latents.shape), context_noise)
+    for path in paths:
+        denoise_path(generator, path, block, latents, 0.0 if block.given else context_noise)
+        path.kv_cache.commit(block.num_frames)

@@ -1,0 +1,58 @@
+"""One block from noise to clean latents. A sampler sees a function `denoise(x, t) -> (flow, x0)` and nothing else.
+
+Latents [B, f, C, H, W] float32; t a number or scalar tensor in [0, 1000].
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from utils.scheduler import FlowMatchScheduler
+from utils.solvers import make_solver
+
+Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Draw = Callable[[torch.Size], Tensor]  # fresh unit noise of a shape
+
+
+def few_step(denoise: Denoise, noise: Tensor, timesteps: Sequence[float], scheduler: FlowMatchScheduler, draw: Draw) -> Tensor:
+    """Predict x0, noise it again to the next time, and so on (Self-Forcing, arXiv 2506.08009, algorithm 2)."""
+    x = noise
+    for i, t in enumerate(timesteps):
+        _, x0 = denoise(x, t)
+        if i + 1 < len(timesteps):
+            x = scheduler.add_noise(x0, draw(x0.shape), timesteps[i + 1])
+    return x0
+
+
+def multi_step(denoise: Denoise, noise: Tensor, solver: str, steps: int, shift: float) -> Tensor:
+    """Follow the probability-flow ODE with a fresh multistep solver on Wan's grid."""
+    scheduler = make_solver(solver, steps, shift, noise.device)
+    x = noise
+    for t in scheduler.timesteps:
+        flow, _ = denoise(x, t)
+        x = scheduler.step(flow, t, x).prev_sample
+    return x
+
+
+def guide(positive: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): negative + w (positive - negative); w = 1 is no guidance."""
+    return negative + guidance_scale * (positive - negative)
+
+
+class SampleNoise:
+    """Unit noise from one seed per sample: a sample's noise depends on its own seed and on nothing beside it.
+
+    Drawn on the CPU in float32, so that every device sees the same numbers.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = torch.device(device)
+
+    def __call__(self, shape: torch.Size | Sequence[int]) -> Tensor:
+        """[B, ...] float32, row i from seed i."""
+        if shape[0] != len(self.generators):
+            raise ValueError(f"{shape[0]} samples but {len(self.generators)} seeds; give one seed per prompt")
+        rows = [torch.randn(tuple(shape[1:]), generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(self.device, non_blocking=True)

@@ -1,0 +1,35 @@
+"""All that steers generation, in one frozen object."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Prompt, image and pose for one batch; per-frame parts cover the whole video and are sliced per block.
+
+    Frozen: no callee can change its caller's batch.
+    """
+
+    prompt_embeds: Tensor  # [B, T, text_dim]
+    clip_feature: Tensor | None = None  # [B, 257, clip_dim] image tokens (i2v)
+    y: Tensor | None = None  # [B, 20, F, H, W] 4 mask + 16 image-latent channels (i2v)
+    pose: Tensor | None = None  # [B, pose_dim, F, H/2, W/2] pose features
+
+    def frames(self, start: int, stop: int) -> "Conditioning":
+        """The same for latent frames [start, stop)."""
+        return replace(
+            self,
+            y=None if self.y is None else self.y[:, :, start:stop],
+            pose=None if self.pose is None else self.pose[:, :, start:stop],
+        )
+
+    @property
+    def add_condition(self) -> Tensor | None:
+        """Pose as tokens [B, F * H/2 * W/2, pose_dim], in the order of the video's tokens."""
+        return None if self.pose is None else self.pose.flatten(2).transpose(1, 2)
+
+    def negative(self, prompt_embeds: Tensor) -> "Conditioning":
+        """The unguided side of classifier-free guidance: other words, the same image, no pose."""
+        return replace(self, prompt_embeds=prompt_embeds, pose=None)

@@ -1,0 +1,242 @@
+"""The networks under the names the rest of the house uses, loaded from a model folder."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from utils.conditioning import Conditioning
+from utils.scheduler import FlowMatchScheduler
+from wan.configs import (
+    CLIP_FILES,
+    TEXT_ENCODER_FILES,
+    TOKENIZER_FOLDERS,
+    VAE_FILES,
+    WanConfig,
+    find_model_file,
+    find_model_folder,
+)
+from wan.modules.causal_model import CausalWanModel
+from wan.modules.clip import load_clip_vision
+from wan.modules.kv_cache import KVCache
+from wan.modules.model import WanModel
+from wan.modules.text_encoder import TextTokenizer, encode, load_umt5
+from wan.modules.vae import VAECache, load_vae
+
+logger = logging.getLogger(__name__)
+
+
+class WanDiffusionWrapper(nn.Module):
+    """A Wan transformer and its clock: noisy latents in, flow and clean latents out.
+
+    model_name: a folder in `wan_models/`, or a path. is_causal: block-causal with a KV cache, else bidirectional.
+    from_scratch: random weights, sizes from `model_config` or the folder's config.json. The window, sink and block sizes
+    are CausalWanModel's.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "Wan2.1-T2V-1.3B",
+        is_causal: bool = False,
+        *,
+        timestep_shift: float = 5.0,
+        num_frame_per_block: int = 3,
+        local_attn_size: int = -1,
+        sink_size: int = 0,
+        independent_first_frame: bool = False,
+        rope_base: str = "absolute",
+        attention_backend: str = "auto",
+        from_scratch: bool = False,
+        model_config: WanConfig | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.is_causal = is_causal
+        self.scheduler = FlowMatchScheduler(shift=timestep_shift)
+        network = WanModel
+        options = {"attention_backend": attention_backend}
+        if is_causal:
+            network = CausalWanModel
+            options |= {
+                "num_frame_per_block": num_frame_per_block,
+                "local_attn_size": local_attn_size,
+                "sink_size": sink_size,
+                "independent_first_frame": independent_first_frame,
+                "rope_base": rope_base,
+            }
+        if from_scratch:
+            config = model_config or WanConfig.from_folder(find_model_folder(model_name))
+            with torch.device(device):
+                self.model = network(config, **options).to(dtype)
+        else:
+            folder = find_model_folder(model_name)
+            self.model = network.from_pretrained(folder, device=device, dtype=dtype, **options)
+
+    def forward(
+        self,
+        noisy_image_or_video: Tensor,
+        conditioning: Conditioning,
+        timestep: Tensor,
+        *,
+        kv_cache: KVCache | None = None,
+        clean_x: Tensor | None = None,
+        aug_t: Tensor | None = None,
+        add_condition: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Flow and x0, both [B, F, C, H, W] float32, of noisy latents [B, F, C, H, W] at timestep [B, F] in [0, 1000].
+
+        conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]) and aug_t
+        are CausalWanModel.forward's. add_condition overrides conditioning's pose.
+        """
+        options = {}
+        if self.is_causal:
+            options = {
+                "kv_cache": kv_cache,
+                "clean_x": None if clean_x is None else clean_x.transpose(1, 2),
+                "aug_t": aug_t,
+            }
+        flow = self.model(
+            noisy_image_or_video.transpose(1, 2),
+            timestep,
+            conditioning.prompt_embeds,
+            conditioning.clip_feature,
+            conditioning.y,
+            add_condition=conditioning.add_condition if add_condition is None else add_condition,
+            **options,
+        )
+        flow = flow.transpose(1, 2).float()
+        return flow, self.scheduler.flow_to_x0(flow, noisy_image_or_video, timestep)
+
+
+class WanTextEncoder(nn.Module):
+    """umT5: prompts -> embeddings [B, T, text_dim], memoised by prompt when used without gradient.
+
+    offload: leave the GPU after encoding ("always"), stay ("never"), or leave when the GPU holds less than 48 GB ("auto"):
+    at full size the encoder takes 11.4 GB in bf16, four times the 1.3B transformer.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "Wan2.1-T2V-1.3B",
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        offload: str = "auto",
+    ):
+        super().__init__()
+        folder = find_model_folder(model_name)
+        text_len = WanConfig.from_folder(folder).text_len
+        self.tokenizer = TextTokenizer(find_model_file(folder, TOKENIZER_FOLDERS), text_len)
+        self.device = torch.device(device)
+        self.offload = should_offload(offload, self.device)
+        weights = find_model_file(folder, TEXT_ENCODER_FILES)
+        self.model = load_umt5(weights, device="cpu" if self.offload else self.device, dtype=dtype).eval()
+        self._memo: dict[str, Tensor] = {}
+
+    def tokenize(self, text_prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask, int64 [B, T] each, on the CPU."""
+        return self.tokenizer(text_prompts)
+
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, T] ids and mask -> [B, T, text_dim], rows beyond the length zero; differentiable, not memoised."""
+        return encode(self.model, ids, mask)
+
+    @torch.no_grad()
+    def forward(self, text_prompts: Sequence[str]) -> Tensor:
+        """[B, T, text_dim] on the encoder's device; rows beyond a prompt's length are zero."""
+        new = [prompt for prompt in dict.fromkeys(text_prompts) if prompt not in self._memo]
+        if new:
+            self.model.to(self.device)
+            for prompt in new:  # one by one: a prompt's embedding does not depend on its neighbours
+                ids, mask = self.tokenize([prompt])
+                self._memo[prompt] = self.encode_ids(ids.to(self.device), mask.to(self.device))[0]
+            if self.offload:
+                self.model.to("cpu")
+                torch.cuda.empty_cache()
+        return torch.stack([self._memo[prompt] for prompt in text_prompts])
+
+
+def should_offload(offload: str, device: torch.device) -> bool:
+    """Whether a part that is used once per video should wait in main memory."""
+    if offload not in ("auto", "always", "never"):
+        raise ValueError(f"offload {offload!r} is unknown; use 'auto', 'always' or 'never'")
+    if device.type != "cuda" or offload == "never":
+        return False
+    return offload == "always" or torch.cuda.get_device_properties(device).total_memory < 48e9
+
+
+class WanVAEWrapper(nn.Module):
+    """Pixels <-> latents in the layout upstairs, a few latents at a time so that memory does not grow with the clip.
+
+    Use `reset_cache` before the first `decode_to_pixel(..., use_cache=True)` of a new video.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "Wan2.1-T2V-1.3B",
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        latents_per_chunk: int = 4,
+    ):
+        super().__init__()
+        self.model = load_vae(find_model_file(find_model_folder(model_name), VAE_FILES), device=device, dtype=dtype).eval()
+        self.latents_per_chunk = latents_per_chunk
+        self.cache: VAECache | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def reset_cache(self) -> None:
+        """Forget the video that `decode_to_pixel(..., use_cache=True)` is in the middle of."""
+        self.cache = None
+
+    @torch.no_grad()
+    def encode_to_latent(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 1 + 4n, 3, 8H, 8W] in [-1, 1] -> normalised latents [B, 1 + n, C, H, W], float32."""
+        cache, stride = self.model.make_cache(), self.model.temporal_stride
+        video, chunk = pixels.transpose(1, 2), stride * self.latents_per_chunk
+        bounds = [0, *range(1, video.shape[2], chunk), video.shape[2]]
+        latents = [
+            self.model.encode(video[:, :, start:stop].to(self.dtype), cache)
+            for start, stop in zip(bounds, bounds[1:], strict=False)
+        ]
+        return torch.cat(latents, dim=2).transpose(1, 2).float()
+
+    @torch.no_grad()
+    def decode_to_pixel(self, latents: Tensor, use_cache: bool = False, cache: VAECache | None = None) -> Tensor:
+        """Normalised latents [B, F, C, H, W] -> pixels [B, F_px, 3, 8H, 8W] in [-1, 1], float32.
+
+        A video's first latent gives 1 frame, every other one 4. These latents go on where the last call with the same `cache`
+        stopped, or, with use_cache, where the last call with use_cache stopped.
+        """
+        if cache is None:
+            cache = (self.cache if use_cache else None) or self.model.make_cache()
+        chunks = latents.transpose(1, 2).to(self.dtype).split(self.latents_per_chunk, dim=2)
+        pixels = torch.cat([self.model.decode(chunk, cache).float() for chunk in chunks], dim=2)
+        if use_cache:
+            self.cache = cache
+        return pixels.transpose(1, 2).clamp_(-1, 1)
+
+
+class CLIPModel(nn.Module):
+    """Image tower of open-clip's XLM-RoBERTa ViT-H/14: pixels in [-1, 1] -> tokens [B, 257, 1280] for i2v models."""
+
+    def __init__(
+        self,
+        model_name: str = "Wan2.1-I2V-14B-480P",
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float16,
+    ):
+        super().__init__()
+        self.model = load_clip_vision(find_model_file(find_model_folder(model_name), CLIP_FILES), device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1], any size -> [B, 257, 1280]."""
+        return self.model(images)
