@@ -229,17 +229,16 @@ def _fit_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text + "..."
 
 
-def safe_name(prompt: str, max_bytes: int = 100) -> str:
+def safe_name(prompt: str, max_bytes: int = 100, *, key: str | None = None) -> str:
     """A file name (without suffix) for any prompt: its words in any script, then 8 hex digits that tell prompts apart.
 
     Letters, digits and combining marks stay; all else (slashes, quotes, emoji, control characters) becomes one `_`.
-    At most `max_bytes` in UTF-8, cut between characters: `a_red_puppet_waves-5f0c1b2e`.
+    At most `max_bytes` in UTF-8, cut between characters: `a_red_puppet_waves-5f0c1b2e`. The digits are a hash of `key`,
+    by default the prompt itself.
     """
-    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    kept = (
-        c if c.isalnum() or unicodedata.category(c).startswith("M") else " "
-        for c in unicodedata.normalize("NFC", prompt)
-    )
+    digest = hashlib.sha256((prompt if key is None else key).encode()).hexdigest()[:8]
+    text = unicodedata.normalize("NFC", prompt)
+    kept = (c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in text)
     words = "_".join("".join(kept).split())
     words = words.encode("utf-8")[: max_bytes - len(digest) - 1].decode("utf-8", "ignore").strip("_")
     return f"{words}-{digest}" if words else digest

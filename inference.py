@@ -1,0 +1,308 @@
+"""Prompts in, videos out.
+
+    python inference.py                                                 # the embedded model, prompts/puppet_world.txt
+    python inference.py --prompt "a red puppet waves before a blue wall" --seed 7
+    python inference.py --config_path configs/self_forcing_dmd.yaml --data_path prompts/cinematic.txt --use_ema
+    torchrun --nproc_per_node=8 inference.py --config_path configs/self_forcing_dmd.yaml ...
+
+Any setting of utils/config.py can follow as key=value: `sampling_steps=8 model_kwargs.sink_size=3`. Every flag is
+optional. Videos that exist are kept, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.config import Config, config_hash, dump, load_config
+from utils.distributed import resolve_device
+from utils.errors import plain_errors
+from utils.prompts import Prompt, read_image_prompts, read_prompts, video_seed
+from utils.video import VideoWriter, contact_sheet, load_image, read_video, resize_cover, safe_name
+
+DEFAULT_CONFIG = "configs/puppet_tiny.yaml"
+DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "puppet_world.txt"
+CONTACT_SHEET_ROWS = 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make."""
+
+    prompt: Prompt
+    sample: int
+    seed: int
+    path: Path
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config_path", default=DEFAULT_CONFIG, help=f"YAML of settings (default: {DEFAULT_CONFIG})")
+    add("--output_folder", type=Path, default=Path("videos"), help="where videos go (default: videos)")
+    add("--checkpoint_path", help=".pt or .safetensors with the generator's weights; none: those of the model folder")
+    add("--use_ema", action="store_true", help="take generator_ema from the checkpoint, not generator")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data_path", type=Path, help="text file with one prompt per line; with --i2v: images + captions"
+    )
+    source.add_argument("--prompt", action="append", help="a prompt given here; may be repeated")
+    add(
+        "--extended_prompt_path",
+        type=Path,
+        help="twin of --data_path: its lines steer, those of --data_path name files",
+    )
+    add("--first", type=int, metavar="N", help="only the first N prompts")
+    add("--num_output_frames", type=int, help="latent frames of each video: n make 1 + 4 (n - 1) pictures")
+    add("--num_samples", type=int, default=1, help="videos per prompt, each with its own seed (default: 1)")
+    add("--seed", type=int, help="with prompt and sample number it decides each video's noise (default: 0)")
+    visual = parser.add_mutually_exclusive_group()
+    visual.add_argument("--i2v", action="store_true", help="image to video: --data_path holds images with captions")
+    visual.add_argument("--extend", type=Path, metavar="VIDEO", help="go on from the end of this video")
+    add("--save_with_index", action="store_true", help="name files <line>-<sample>_<regular|ema>.mp4, not by prompt")
+    add("--overwrite", action="store_true", help="make videos again that exist already")
+    add("--dry_run", action="store_true", help="print the resolved settings and stop")
+    add("--device", help="auto, cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("overrides", nargs="*", metavar="key=value", help="any setting of utils/config.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def resolve_config(arguments: argparse.Namespace) -> Config:
+    """The run's settings: YAML, then key=value, then the flags that name a setting."""
+    flags = {
+        "generator_ckpt": arguments.checkpoint_path,
+        "use_ema": arguments.use_ema or None,
+        "num_output_frames": arguments.num_output_frames,
+        "seed": arguments.seed,
+        "device": arguments.device,
+    }
+    config = replace(
+        load_config(arguments.config_path, arguments.overrides),
+        **{name: value for name, value in flags.items() if value is not None},
+    )
+    config.check()
+    return config
+
+
+def read_requested_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.i2v:
+        if arguments.data_path is None:
+            raise ValueError("--i2v needs --data_path: a folder of images with captions (boat.png + boat.txt)")
+        prompts = read_image_prompts(arguments.data_path, arguments.extended_prompt_path)
+    elif arguments.prompt is not None:
+        prompts = [Prompt(text.strip(), text.strip()) for text in arguments.prompt]
+        if not all(prompt.text for prompt in prompts):
+            raise ValueError('--prompt is empty; say what is to be seen, e.g. --prompt "a red puppet waves"')
+    else:
+        prompts = read_prompts(arguments.data_path or DEFAULT_PROMPTS, arguments.extended_prompt_path)
+    return prompts[: arguments.first]
+
+
+def plan_requests(arguments: argparse.Namespace, config: Config, prompts: Sequence[Prompt]) -> list[Request]:
+    """One request per prompt and sample, in the order of the list; lines that say the same share a file."""
+    weights = "ema" if config.use_ema else "regular"
+    requests: dict[Path, Request] = {}
+    for index, prompt in enumerate(prompts):
+        for sample in range(arguments.num_samples):
+            if arguments.save_with_index:
+                name = f"{index}-{sample}_{weights}"
+            else:
+                name = f"{safe_name(prompt.name, key=prompt.key)}-seed{config.seed}-{sample}"
+            path = arguments.output_folder / f"{name}.mp4"
+            requests.setdefault(path, Request(prompt, sample, video_seed(config.seed, prompt.key, sample), path))
+    return list(requests.values())
+
+
+def prepare_folder(folder: Path, config: Config) -> None:
+    """Make the output folder and leave the resolved settings in it; refuse now what would fail after an hour."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".yaml", mode="w", delete=False) as file:
+            file.write(dump(config))
+        Path(file.name).replace(folder / f"config-{config_hash(config)}.yaml")
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {folder} ({error.strerror}); choose another folder with --output_folder"
+        ) from error
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Config hash of every file that metadata.jsonl knows; the last line about a file counts."""
+    path, hashes = folder / "metadata.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a power failure
+            known = json.loads(line)
+            hashes[known["file"]] = known["config_hash"]
+    return hashes
+
+
+def record(folder: Path, metadata: dict) -> None:
+    """Append one line to metadata.jsonl, in one write, so that lines of several processes do not mix."""
+    line = json.dumps(metadata, ensure_ascii=False) + "\n"
+    descriptor = os.open(folder / "metadata.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode("utf-8"))
+    finally:
+        os.close(descriptor)
+
+
+def given_frames(arguments: argparse.Namespace, config: Config, prompt: Prompt) -> Tensor | None:
+    """What the video starts with, `[1, F_px, 3, H, W]` in [-1, 1]: an image, the end of a video, or nothing."""
+    if prompt.image is not None:
+        return load_image(prompt.image, config.height, config.width)[None, None]
+    if arguments.extend is None:
+        return None
+    frames, _ = read_video(arguments.extend)
+    frames = frames[(len(frames) - 1) % 4 :]  # the VAE takes 1 + 4 n pictures; the newest ones matter
+    return resize_cover(frames, config.height, config.width).mul(2).sub(1)[None]
+
+
+def make_video(pipeline, request: Request, config: Config, start: Tensor | None) -> Iterator[Tensor]:
+    """Pixels of one video, `[f, 3, H, W]` in [0, 1], block by block; the walk begins after the frames in `start`."""
+    num_frames, initial_latent = config.num_output_frames, None
+    if start is not None:
+        initial_latent = pipeline.vae.encode_to_latent(start)
+        num_frames += initial_latent.shape[1] - int(config.independent_first_frame)
+    for pixels in pipeline.stream(
+        text_prompts=[request.prompt.text],
+        initial_latent=initial_latent,
+        seeds=[request.seed],
+        num_frames=num_frames,
+        height=config.height,
+        width=config.width,
+    ):
+        yield pixels[0]
+
+
+def make_videos(pipeline, requests: Sequence[Request], arguments: argparse.Namespace, config: Config) -> list[str]:
+    """Write every requested video; returns one sentence for each that could not be made."""
+    failures = []
+    num_pictures = 1 + 4 * (config.num_output_frames - 1)
+    with tqdm(total=num_pictures * len(requests), unit="frame", disable=not requests) as bar:
+        for number, request in enumerate(requests, start=1):
+            bar.set_description(f"video {number}/{len(requests)}")
+            began = time.perf_counter()
+            try:
+                with VideoWriter(request.path, config.fps) as writer:
+                    for frames in make_video(
+                        pipeline, request, config, given_frames(arguments, config, request.prompt)
+                    ):
+                        writer.append(frames)
+                        bar.update(len(frames))
+            except ValueError as error:  # this prompt's fault; the others can still be made
+                failures.append(f"{request.prompt.name[:60]!r}: {error}")
+                continue
+            seconds = time.perf_counter() - began
+            record(arguments.output_folder, describe(request, config, writer.num_frames, seconds))
+    return failures
+
+
+def describe(request: Request, config: Config, num_frames: int, seconds: float) -> dict:
+    """The line of metadata.jsonl that lets a video be made again."""
+    prompt = request.prompt
+    return {
+        "file": request.path.name,
+        "prompt": prompt.name,
+        **({"extended_prompt": prompt.text} if prompt.text != prompt.name else {}),
+        **({"image": str(prompt.image)} if prompt.image else {}),
+        "seed": config.seed,
+        "sample": request.sample,
+        "video_seed": request.seed,
+        "config_hash": config_hash(config),
+        "model": config.model_name,
+        "checkpoint": config.generator_ckpt,
+        "use_ema": config.use_ema,
+        "num_frames": num_frames,
+        "fps": config.fps,
+        "height": config.height,
+        "width": config.width,
+        "seconds": round(seconds, 3),
+        "frames_per_second": round(num_frames / seconds, 2),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def draw_contact_sheet(folder: Path, requests: Sequence[Request]) -> Path | None:
+    """One row per video that exists, the first samples of the first prompts.
+
+    Every process draws the sheet when its share is done; the last to finish finds all videos there.
+    """
+    shown = [request for request in requests if request.sample == 0 and request.path.exists()][:CONTACT_SHEET_ROWS]
+    if not shown:
+        return None
+    videos = [read_video(request.path)[0] for request in shown]
+    return contact_sheet(folder / "contact_sheet.png", videos, [request.prompt.name for request in shown])
+
+
+def load_pipeline(config: Config, device: torch.device):
+    """The pipeline a config describes; imported late, so that --dry_run and mistakes in flags answer at once."""
+    from pipeline.build import build_pipeline
+
+    return build_pipeline(config, device)
+
+
+@plain_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
+    config = resolve_config(arguments)
+    prompts = read_requested_prompts(arguments)
+    requests = plan_requests(arguments, config, prompts)
+    if arguments.dry_run:
+        print(dump(config), end="")
+        print(f"# {len(requests)} videos into {arguments.output_folder}/, nothing was made")
+        return 0
+
+    device = resolve_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    prepare_folder(arguments.output_folder, config)
+    mine = requests[rank::world_size]
+    missing = [request for request in mine if arguments.overwrite or not request.path.exists()]
+    report_kept(arguments.output_folder, config, [request for request in mine if request not in missing])
+    failures = []
+    if missing:
+        failures = make_videos(load_pipeline(config, device), missing, arguments, config)
+    sheet = draw_contact_sheet(arguments.output_folder, requests)
+    if rank == 0:
+        print(
+            f"{len(missing) - len(failures)} videos made, {len(mine) - len(missing)} kept: {arguments.output_folder}/"
+        )
+        if sheet:
+            print(f"overview: {sheet}")
+    for failure in failures:
+        print(f"error: no video of {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def report_kept(folder: Path, config: Config, kept: Sequence[Request]) -> None:
+    """Say so when videos that are kept were made with other settings than those asked for now."""
+    hashes = recorded_hashes(folder)
+    other = [request for request in kept if hashes.get(request.path.name) != config_hash(config)]
+    if other:
+        logger.warning(
+            "%d of %d videos that exist already were made with other settings (%s first); they are kept: "
+            "--overwrite makes them again, another --output_folder leaves them",
+            len(other),
+            len(kept),
+            other[0].path.name,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Files on disk: what is written comes back, nothing half-written is left, any prompt has a file name."""
+
+import pytest
+import torch
+from PIL import Image
+
+from utils.video import (
+    VideoWriter,
+    contact_sheet,
+    load_image,
+    read_video,
+    resize_cover,
+    safe_name,
+    to_uint8,
+    write_video,
+)
+
+COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5], [0.9, 0.6, 0.2]])
+
+
+def colour_video(height: int = 32, width: int = 48) -> torch.Tensor:
+    return COLOURS[:, :, None, None].expand(-1, -1, height, width)
+
+
+def test_colours_frames_and_speed_survive_the_file(tmp_path):
+    path = write_video(tmp_path / "new folder" / "colours.mp4", colour_video(), fps=16)
+    frames, fps = read_video(path)
+    assert fps == 16
+    assert frames.shape == (5, 3, 32, 48)
+    assert (frames.mean((2, 3)) - COLOURS).abs().max() < 0.02
+
+
+def test_blocks_and_a_whole_clip_make_the_same_file(tmp_path):
+    video = colour_video()
+    whole = write_video(tmp_path / "whole.mp4", video)
+    blocks = write_video(tmp_path / "blocks.mp4", iter([video[:1], video[1:4].permute(0, 2, 3, 1), video[4:]]))
+    assert blocks.read_bytes() == whole.read_bytes()
+
+
+def test_floats_are_rounded_not_truncated():
+    assert to_uint8(torch.full((1, 3, 2, 2), 0.999)).unique().tolist() == [255]
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    path = write_video(tmp_path / "kept.mp4", colour_video())
+    before = path.read_bytes()
+    with pytest.raises(KeyError), VideoWriter(path) as writer:
+        writer.append(colour_video())
+        raise KeyError("stopped half-way")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_name_appears_only_when_the_file_is_complete(tmp_path):
+    with VideoWriter(tmp_path / "late.mp4") as writer:
+        writer.append(colour_video())
+        assert not writer.path.exists()
+    assert writer.path.exists()
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 48), (32, 47)])
+def test_odd_sizes_are_refused(tmp_path, height, width):
+    with pytest.raises(ValueError, match=f"even sizes, got {height}x{width}"):
+        write_video(tmp_path / "odd.mp4", colour_video(height, width))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_change_of_size_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="64x64 after 32x48"):
+        write_video(tmp_path / "x.mp4", iter([colour_video(), colour_video(64, 64)]))
+
+
+def test_no_frames_no_file(tmp_path):
+    with pytest.raises(ValueError, match="no frames"):
+        write_video(tmp_path / "empty.mp4", iter([]))
+
+
+def test_reading_what_is_no_video(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no video at"):
+        read_video(tmp_path / "absent.mp4")
+    (tmp_path / "text.mp4").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        read_video(tmp_path / "text.mp4")
+
+
+def test_resize_cover_keeps_proportions_and_the_centre():
+    frames = torch.zeros(1, 3, 40, 80)
+    frames[..., 30:50] = 1  # a bar in the middle, a quarter of the width
+    cut = resize_cover(frames, 20, 20)
+    assert cut.shape == (1, 3, 20, 20)
+    assert cut[0, 0, 10].round().int().tolist() == [0] * 5 + [1] * 10 + [0] * 5
+
+
+def test_images_become_plus_minus_one(tmp_path):
+    Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    image = load_image(tmp_path / "clear.png", 16, 32)
+    assert image.shape == (3, 16, 32)
+    assert image.min() == 1  # transparency is laid on white
+    Image.new("L", (64, 64), 0).save(tmp_path / "black.jpg")
+    assert load_image(tmp_path / "black.jpg", 16, 16).unique().tolist() == [-1]
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        load_image(tmp_path / "text.png", 16, 16)
+
+
+def test_a_contact_sheet_has_a_row_per_video(tmp_path):
+    one = contact_sheet(tmp_path / "one.png", [colour_video()], ["words"])
+    two = contact_sheet(tmp_path / "two.png", [colour_video(), colour_video(32, 32)[:1]], ["words " * 99, "日本語\n"])
+    with Image.open(one) as first, Image.open(two) as second:
+        assert second.width == first.width
+        assert second.height > 1.9 * first.height
+    with pytest.raises(ValueError, match="1 videos and 0 captions"):
+        contact_sheet(tmp_path / "none.png", [colour_video()], [])
+
+
+PROMPTS = [
+    "a red puppet waves",
+    "a red puppet waves!",
+    "A red puppet waves",
+    "../../etc/passwd",
+    'a/b\\c:d*e?f"g<h>i|j',
+    "日本語の人形が手を振る" * 20,
+    "कठपुतली नाचती है",
+    "دمية حمراء تلوح",
+    "🎭🎬",
+    "CON",
+    "-rf",
+    "line\nbreak\0null",
+    "word " * 400,
+    "word " * 400 + "x",
+]
+
+
+def test_any_prompt_has_a_safe_name_of_its_own(tmp_path):
+    names = [safe_name(prompt) for prompt in PROMPTS]
+    assert len({name.lower() for name in names}) == len(PROMPTS)
+    for name in names:
+        assert len(name.encode()) <= 100
+        assert not set(name) & set('/\\:*?"<>|\n\0. ') and not name.startswith(("-", "_"))
+        (tmp_path / f"{name}.mp4").touch()
+    assert names[0].startswith("a_red_puppet_waves-")
+    assert safe_name("words", key="other") != safe_name("words") == safe_name("words")
