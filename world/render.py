@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from world.puppet import CANVAS, FLOOR, JOINT_NAMES, PROP_RADIUS, Pose, Scenes, pose
+from world.puppet import CANVAS, FLOOR, JOINT_NAMES, PROP_RADIUS, Scenes, pose
 
 # sRGB, 0 .. 255
 BODY_RGB = {
@@ -44,8 +44,8 @@ _J = {name: i for i, name in enumerate(JOINT_NAMES)}
 
 @dataclass(frozen=True)
 class Layer:
-    """A static line of the painting order: number of segments (1 or 2), outline (px), softness of the edge (px), opacity,
-    relief (how much lighter the middle of the shape is than its rim)."""
+    """A line of the painting order: number of segments (1 or 2), outline and softness of the edge (px), opacity, relief
+    (how much lighter the middle of the shape is than its rim)."""
 
     segments: int
     outline: float = 1.4
@@ -107,17 +107,18 @@ def render(
     start_frame: int = 0,
     size: int = CANVAS,
     *,
+    frame_stride: int = 1,
     return_mask: bool = False,
     frames_per_chunk: int = 4096,
     painter=None,
 ):
-    """Videos [B, T, 3, size, size] in [-1, 1] of frames start_frame .. start_frame + num_frames - 1.
+    """Videos [B, T, 3, size, size] in [-1, 1] of num_frames frames from start_frame on, every frame_stride-th.
 
     return_mask: also the coverage [B, T, 1, size, size] in [0, 1] of the puppet and its prop.
     frames_per_chunk: frames (over all scenes) painted at once, which bounds memory: 0.2 MB x 40 each when run eagerly.
     painter: `paint` or `torch.compile(paint, dynamic=False)`; give it batches of one shape.
     """
-    frames = torch.arange(start_frame, start_frame + num_frames, device=scenes.device)
+    frames = start_frame + frame_stride * torch.arange(num_frames, device=scenes.device)
     painter = painter or paint
     if scenes.device.type == "cpu":
         frames_per_chunk = min(frames_per_chunk, 8)  # stay in the cache: three times faster than all at once
