@@ -61,7 +61,7 @@ class DataConfig:
     """Puppet clips, rendered and encoded while training (utils/dataset.py)."""
 
     vae_folder: str | None = None  # model folder whose VAE makes the latents; None: the folder of model_name
-    tokenizer_folder: str | None = None  # tokenizer of the text encoder; None: the folder of model_name
+    tokenizer_folder: str | None = None  # tokenizer of a new text encoder; None: one made from the world's captions
     pool_size: int = 16384  # encoded clips kept per rank
     min_fill: int = 2048  # training starts with this many
     refresh_per_step: int = 16  # clips replaced by new ones after each step
@@ -164,7 +164,8 @@ class Config:
 
     # --- training ---
     max_steps: int | None = None  # optimizer steps; None: no limit
-    max_seconds: float | None = None  # wall clock since the first start, resumes included; then save and stop
+    max_seconds: float | None = None  # seconds of the whole run, resumed sessions added up; then save and stop
+    session_seconds: float | None = None  # seconds of this process; then save and stop, to be resumed
     batch_size: int = 1  # samples per GPU and pass
     total_batch_size: int | None = None  # samples per optimizer step on all GPUs (accumulated); None: one pass
     from_scratch: bool = False  # random weights instead of the model folder's
@@ -203,7 +204,8 @@ class Config:
             steps = list(self.denoising_step_list)
             if not steps or sorted(set(steps), reverse=True) != steps or steps[0] > 1000 or steps[-1] <= 0:
                 raise ConfigError(
-                    f"denoising_step_list is {steps}; it holds descending timesteps in (0, 1000], e.g. [1000, 750, 500, 250]"
+                    f"denoising_step_list is {steps}; it holds descending timesteps in (0, 1000], "
+                    "e.g. [1000, 750, 500, 250]"
                 )
         for name in ("context_noise", "noise_augmentation_max_timestep"):
             if not 0 <= getattr(self, name) <= 1000:

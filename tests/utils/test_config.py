@@ -85,14 +85,14 @@ def test_mistakes_name_the_key_and_the_way_out(overrides: list[str], words: str)
 def test_bad_files_are_named(text: bytes, words: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_bytes(text)
-    with pytest.raises(ConfigError, match="run.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"run\.yaml") as caught:
         load_config(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file_lists_what_is_there(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no such file; configs/ holds default_config.yaml"):
+    with pytest.raises(ConfigError, match=r"no such file; configs/ holds default_config\.yaml"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path)

@@ -1,0 +1,61 @@
+"""What every objective shares: the batch, the player, and one timestep per block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.conditioning import Conditioning
+from utils.distributed import SampleRngs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples after encoding. clean_latent: [B, F, C, H, W]; conditioning: of the same B samples."""
+
+    clean_latent: Tensor
+    conditioning: Conditioning
+
+
+@dataclass
+class Player:
+    """A network that learns: whose parameters, from which loss, how often.
+
+    loss(batch, rngs) -> (scalar, metrics): all randomness comes from rngs; metrics are detached tensors.
+    The player learns on steps start_step, start_step + every, ...
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Any, SampleRngs], tuple[Tensor, dict[str, Tensor]]]
+    every: int = 1
+    start_step: int = 0
+
+    def due(self, step: int) -> bool:
+        return step >= self.start_step and (step - self.start_step) % self.every == 0
+
+
+def block_values(values: Tensor, num_frame_per_block: int, independent_first_frame: bool = False) -> Tensor:
+    """One value per block, spread over the block's frames.
+
+    blocks of 2:                       a b c -> a a b b c c
+    blocks of 2, first frame alone:    a b c -> a b b c c
+    values: [B, blocks]; returns [B, F].
+    """
+    if independent_first_frame:
+        return torch.cat([values[:, :1], values[:, 1:].repeat_interleave(num_frame_per_block, dim=1)], dim=1)
+    return values.repeat_interleave(num_frame_per_block, dim=1)
+
+
+def num_blocks(num_frames: int, num_frame_per_block: int, independent_first_frame: bool = False) -> int:
+    """Blocks that a clip splits into; raises ValueError when it does not."""
+    first = 1 if independent_first_frame else 0
+    blocks, rest = divmod(num_frames - first, num_frame_per_block)
+    if rest:
+        raise ValueError(
+            f"{num_frames} latent frames do not split into blocks of {num_frame_per_block}; "
+            f"train on {num_frames - rest} or {num_frames - rest + num_frame_per_block}"
+        )
+    return blocks + first
