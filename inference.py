@@ -34,7 +34,7 @@ from utils.video import VideoWriter, contact_sheet, load_image, read_video, resi
 
 DEFAULT_CONFIG = "configs/puppet_tiny.yaml"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "puppet_world.txt"
-CONTACT_SHEET_ROWS = 16
+CONTACT_SHEET_ROWS, CONTACT_SHEET_COLUMNS = 16, 6
 
 logger = logging.getLogger(__name__)
 
@@ -162,54 +162,60 @@ def record(folder: Path, metadata: dict) -> None:
         os.close(descriptor)
 
 
-def given_frames(arguments: argparse.Namespace, config: Config, prompt: Prompt) -> Tensor | None:
-    """What the video starts with, `[1, F_px, 3, H, W]` in [-1, 1]: an image, the end of a video, or nothing."""
-    if prompt.image is not None:
-        return load_image(prompt.image, config.height, config.width)[None, None]
-    if arguments.extend is None:
-        return None
-    frames, _ = read_video(arguments.extend)
-    frames = frames[(len(frames) - 1) % 4 :]  # the VAE takes 1 + 4 n pictures; the newest ones matter
+def read_video_to_extend(path: Path, config: Config) -> Tensor:
+    """The end of a video in the size of the run, `[1, 1 + 4 n, 3, H, W]` in [-1, 1], as the VAE takes it."""
+    frames, _ = read_video(path)
+    frames = frames[(len(frames) - 1) % 4 :]
     return resize_cover(frames, config.height, config.width).mul(2).sub(1)[None]
+
+
+def count_latents(config: Config, num_given: int) -> int:
+    """Latent frames of a video that begins with `num_given` of them: as many blocks are made as without."""
+    if num_given:
+        return num_given + config.num_output_frames - int(config.independent_first_frame)
+    return config.num_output_frames
 
 
 def make_video(pipeline, request: Request, config: Config, start: Tensor | None) -> Iterator[Tensor]:
     """Pixels of one video, `[f, 3, H, W]` in [0, 1], block by block; the walk begins after the frames in `start`."""
-    num_frames, initial_latent = config.num_output_frames, None
-    if start is not None:
-        initial_latent = pipeline.vae.encode_to_latent(start)
-        num_frames += initial_latent.shape[1] - int(config.independent_first_frame)
+    initial_latent = None if start is None else pipeline.vae.encode_to_latent(start)
     for pixels in pipeline.stream(
         text_prompts=[request.prompt.text],
         initial_latent=initial_latent,
         seeds=[request.seed],
-        num_frames=num_frames,
+        num_frames=count_latents(config, 0 if start is None else initial_latent.shape[1]),
         height=config.height,
         width=config.width,
     ):
         yield pixels[0]
 
 
-def make_videos(pipeline, requests: Sequence[Request], arguments: argparse.Namespace, config: Config) -> list[str]:
+def make_videos(
+    pipeline, requests: Sequence[Request], folder: Path, config: Config, to_extend: Tensor | None = None
+) -> list[str]:
     """Write every requested video; returns one sentence for each that could not be made."""
     failures = []
-    num_pictures = 1 + 4 * (config.num_output_frames - 1)
+    num_given = 0 if to_extend is None else 1 + (to_extend.shape[1] - 1) // 4
+    if requests and requests[0].prompt.image is not None:
+        num_given = 1
+    num_pictures = 1 + 4 * (count_latents(config, num_given) - 1)
     with tqdm(total=num_pictures * len(requests), unit="frame", disable=not requests) as bar:
         for number, request in enumerate(requests, start=1):
             bar.set_description(f"video {number}/{len(requests)}")
             began = time.perf_counter()
             try:
+                start = to_extend
+                if request.prompt.image is not None:
+                    start = load_image(request.prompt.image, config.height, config.width)[None, None]
                 with VideoWriter(request.path, config.fps) as writer:
-                    for frames in make_video(
-                        pipeline, request, config, given_frames(arguments, config, request.prompt)
-                    ):
+                    for frames in make_video(pipeline, request, config, start):
                         writer.append(frames)
                         bar.update(len(frames))
             except ValueError as error:  # this prompt's fault; the others can still be made
                 failures.append(f"{request.prompt.name[:60]!r}: {error}")
                 continue
             seconds = time.perf_counter() - began
-            record(arguments.output_folder, describe(request, config, writer.num_frames, seconds))
+            record(folder, describe(request, config, writer.num_frames, seconds))
     return failures
 
 
@@ -246,7 +252,7 @@ def draw_contact_sheet(folder: Path, requests: Sequence[Request]) -> Path | None
     shown = [request for request in requests if request.sample == 0 and request.path.exists()][:CONTACT_SHEET_ROWS]
     if not shown:
         return None
-    videos = [read_video(request.path)[0] for request in shown]
+    videos = [read_video(request.path, num_frames=CONTACT_SHEET_COLUMNS)[0] for request in shown]
     return contact_sheet(folder / "contact_sheet.png", videos, [request.prompt.name for request in shown])
 
 
@@ -277,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_kept(arguments.output_folder, config, [request for request in mine if request not in missing])
     failures = []
     if missing:
-        failures = make_videos(load_pipeline(config, device), missing, arguments, config)
+        to_extend = read_video_to_extend(arguments.extend, config) if arguments.extend else None
+        failures = make_videos(load_pipeline(config, device), missing, arguments.output_folder, config, to_extend)
     sheet = draw_contact_sheet(arguments.output_folder, requests)
     if rank == 0:
         print(

@@ -30,7 +30,7 @@ class Prompt:
 def video_seed(seed: int, prompt: str, sample: int = 0) -> int:
     """Seed of one video: of the run's seed, the prompt and the sample's number, and of nothing else.
 
-    0 <= s < 2^53, which any JSON reader keeps. A video does not depend on its place in the list, on the batch, or on how
+    0 <= s < 2^53, which any JSON reader keeps. A video does not depend on its place in the list, on the batch, or how
     many processes share the work.
     """
     digest = hashlib.sha256(f"{seed}\n{sample}\n{prompt}".encode()).digest()

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from utils.errors import MissingPackageError
+
 BT709 = 1  # H.273 code point; untagged files are guessed as BT.601 by some players and BT.709 by others
 LIMITED_RANGE = 1
 
@@ -23,7 +25,7 @@ def _import_av():
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading and writing video needs PyAV: pip install av") from error
+        raise MissingPackageError("reading and writing video needs PyAV: pip install av") from error
     return av
 
 
@@ -122,21 +124,29 @@ def write_video(path: str | Path, blocks: Tensor | Iterable[Tensor], fps: float 
     return writer.path
 
 
-def read_video(path: str | Path, *, max_frames: int | None = None) -> tuple[Tensor, float]:
-    """All frames of a video (or the first `max_frames`) as `[F, 3, H, W]` in [0, 1], and its frames per second."""
+def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[Tensor, float]:
+    """A video as `[F, 3, H, W]` in [0, 1], and its frames per second.
+
+    num_frames: only so many, evenly spaced from the first to the last, which spares memory. Raises FileNotFoundError or
+    ValueError.
+    """
     av = _import_av()
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no video at {path}")
-    frames = []
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            fps = float(stream.average_rate)
-            for frame in container.decode(stream):
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-                if len(frames) == max_frames:
-                    break
+            total = stream.frames or sum(1 for _ in av.open(str(path)).decode(video=0))
+            wanted = range(total)
+            if num_frames is not None:
+                wanted = set(torch.linspace(0, total - 1, min(num_frames, total)).round().int().tolist())
+            frames = [
+                torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                for index, frame in enumerate(container.decode(stream))
+                if index in wanted
+            ]
+            fps = float(stream.average_rate or 0)
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a video ({error})") from error
     if not frames:

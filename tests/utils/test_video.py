@@ -30,6 +30,13 @@ def test_colours_frames_and_speed_survive_the_file(tmp_path):
     assert (frames.mean((2, 3)) - COLOURS).abs().max() < 0.02
 
 
+def test_a_few_frames_evenly_spaced(tmp_path):
+    path = write_video(tmp_path / "colours.mp4", colour_video())
+    frames, _ = read_video(path, num_frames=3)
+    assert (frames.mean((2, 3)) - COLOURS[[0, 2, 4]]).abs().max() < 0.02
+    assert len(read_video(path, num_frames=99)[0]) == 5
+
+
 def test_blocks_and_a_whole_clip_make_the_same_file(tmp_path):
     video = colour_video()
     whole = write_video(tmp_path / "whole.mp4", video)
