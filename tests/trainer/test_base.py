@@ -1,0 +1,183 @@
+"""trainer/base.py: the equivalences that make a run a run, on a network of 22 numbers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.base import Player
+from trainer.base import Trainer, count_passes
+from utils.checkpoint import load_training_state
+from utils.config import Config, ConfigError, load_config
+from utils.distributed import Ranks, SampleRngs
+from utils.tracking import Tracker
+
+ALONE = Ranks(torch.device("cpu"))
+TOY = ["sharding_strategy=no_shard", "optimizer.warmup_steps=2", "optimizer.lr=0.05", "logging.log_iters=1"]
+
+
+class ToyTrainer(Trainer):
+    """Learns y = 3 x from samples that are drawn, like all randomness, from their own generators."""
+
+    name = "toy"
+    poison_step = None  # the step whose loss is not a number
+
+    def build(self) -> list[Player]:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
+        return [Player("net", self.net, self.loss)]
+
+    def prepare(self, rngs: SampleRngs) -> Tensor:
+        return rngs.randn(2)
+
+    def loss(self, x: Tensor, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (self.net(x) - 3 * x + 0.1 * rngs.randn(2)).square().mean()
+        if rngs.step == self.poison_step:
+            error = error * torch.tensor(float("nan"))
+        return error, {"x": x.detach().mean()}
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.net.state_dict(), folder / "net.pt")
+
+    def evaluate(self) -> dict[str, float]:
+        return {"one": 1.0}
+
+
+def toy_config(*overrides: str) -> Config:
+    return load_config(overrides=[*TOY, *overrides])
+
+
+def run(
+    folder: Path, *overrides: str, trainer: type[Trainer] = ToyTrainer, ranks: Ranks = ALONE, **options
+) -> dict[str, Tensor]:
+    """Weights, averages and moments after a run."""
+    torch.manual_seed(hash(str(folder)) % 2**31)  # nothing may depend on the global generator
+    trainer(toy_config(*overrides), ranks, folder, options.pop("tracker", None)).train(**options)
+    return load_training_state(folder).tensors
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_it_learns(tmp_path: Path):
+    tracker = Tracker(tmp_path)
+    run(tmp_path, "max_steps=200", "batch_size=8", tracker=tracker)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["net/loss"] for line in lines if "net/loss" in line]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert lines[-1]["eval/one"] == 1.0
+    assert (tmp_path / "export" / "net.pt").is_file()
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path):
+    whole = run(tmp_path / "whole", "max_steps=7", "optimizer.schedule=constant")
+    run(tmp_path / "parts", "max_steps=3", "optimizer.schedule=constant")
+    parts = run(tmp_path / "parts", "max_steps=7", "optimizer.schedule=constant")
+    assert_equal(whole, parts)
+
+
+def test_compact_state_holds_weights_and_average_only(tmp_path: Path):
+    state = run(tmp_path, "max_steps=3", "checkpoint.compact=true")
+    assert {name.split("/")[1] for name in state} == {"weights", "ema"}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
+    assert run(tmp_path, "max_steps=4", "checkpoint.compact=true").keys() == state.keys()
+
+
+def test_accumulated_passes_are_one_large_batch(tmp_path: Path):
+    large = run(tmp_path / "large", "max_steps=5", "batch_size=6")
+    small = run(tmp_path / "small", "max_steps=5", "batch_size=2", "total_batch_size=6")
+    assert_equal(large, small, 1e-6)
+
+
+def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path: Path):
+    one = run(tmp_path / "one", "max_steps=5", "batch_size=4")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    subprocess.run([*command, str(tmp_path / "two")], check=True, timeout=120, cwd=root, env=environment)
+    assert_equal(one, load_training_state(tmp_path / "two").tensors, 1e-6)
+
+
+def test_bad_gradient_is_skipped_and_named(tmp_path: Path, caplog):
+    class Poisoned(ToyTrainer):
+        poison_step = 2
+
+    good = run(tmp_path / "good", "max_steps=2", "optimizer.schedule=constant")
+    bad = run(tmp_path / "bad", "max_steps=3", "optimizer.schedule=constant", trainer=Poisoned)
+    for name in good:
+        if "/ema/" not in name:
+            assert torch.equal(good[name], bad[name]), name
+    assert "step 2: the gradient of net.0.weight is not finite" in caplog.text
+
+
+def test_many_bad_gradients_end_the_run_and_keep_the_last_state(tmp_path: Path, monkeypatch):
+    class Poisoned(ToyTrainer):
+        def loss(self, x, rngs):
+            loss, details = super().loss(x, rngs)
+            return loss * float("nan"), details
+
+    monkeypatch.setattr("trainer.optimization.MAX_BAD_STEPS", 3)
+    good = run(tmp_path, "max_steps=2")
+    with pytest.raises(FloatingPointError, match=r"the gradient of net\.0\.weight is not finite, and 3 steps after it"):
+        run(tmp_path, "max_steps=9", "logging.log_iters=4", trainer=Poisoned)
+    assert_equal(good, load_training_state(tmp_path).tensors)
+
+
+def test_session_and_run_end_on_time(tmp_path: Path):
+    run(tmp_path, "max_seconds=1000", "session_seconds=0.001")
+    assert load_training_state(tmp_path).facts["step"] == 1
+    run(tmp_path, "max_seconds=1")
+    assert load_training_state(tmp_path).facts["seconds"] >= 1
+
+
+def test_no_save_writes_no_state(tmp_path: Path):
+    ToyTrainer(toy_config("max_steps=2"), ALONE, tmp_path, None).train(save=False)
+    assert load_training_state(tmp_path) is None
+    assert not (tmp_path / "export").exists()
+
+
+def test_states_of_other_runs_are_refused(tmp_path: Path):
+    class OtherNet(ToyTrainer):
+        def build(self):
+            self.net = nn.Linear(2, 2)
+            return [Player("net", self.net, self.loss)]
+
+    class OtherTrainer(ToyTrainer):
+        name = "other"
+
+    run(tmp_path, "max_steps=1")
+    with pytest.raises(ValueError, match=r"missing weight .* and 2 more|does not fit"):
+        run(tmp_path, "max_steps=2", trainer=OtherNet)
+    with pytest.raises(ConfigError, match="toy trainer, not other; choose another --logdir"):
+        run(tmp_path, "max_steps=2", trainer=OtherTrainer)
+
+
+def test_settings_that_cannot_work(tmp_path: Path):
+    two = Ranks(torch.device("cpu"), rank=0, size=2)
+    with pytest.raises(ConfigError, match="10 does not split into 2 GPU.* x batch_size 2; use 8 or 12"):
+        count_passes(toy_config("batch_size=2", "total_batch_size=10"), two)
+    assert count_passes(toy_config("batch_size=2", "total_batch_size=12"), two) == 3
+    with pytest.raises(ConfigError, match="no_shard"):
+        ToyTrainer(toy_config("max_steps=1", "sharding_strategy=hybrid_full"), two, tmp_path)
+    with pytest.raises(ConfigError, match="set max_steps or max_seconds"):
+        ToyTrainer(toy_config(), ALONE, tmp_path)
+
+
+if __name__ == "__main__":  # what torchrun starts in the two-rank test
+    from utils.distributed import init_distributed, shutdown
+
+    run(Path(sys.argv[1]), "max_steps=5", "batch_size=2", ranks=init_distributed("cpu"))
+    shutdown()

@@ -1,0 +1,172 @@
+"""trainer/diffusion.py: a toy model takes its steps in every mode, resumes exactly, and comes back from its export."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.diffusion import DiffusionTrainer
+from trainer.vae import VAETrainer
+from utils.checkpoint import load_training_state
+from utils.conditioning import Conditioning
+from utils.config import ConfigError, load_config
+from utils.distributed import Ranks, SampleRngs
+from utils.tracking import Tracker
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from wan.configs import WAN_CONFIGS, WanConfig
+
+ALONE = Ranks(torch.device("cpu"))
+TOY = [
+    "trainer=diffusion", "model_name=toy", "from_scratch=true", "train_text_encoder=true", "sharding_strategy=no_shard",
+    "height=32", "width=32", "num_training_frames=6", "model_kwargs.local_attn_size=6", "batch_size=2",
+    "text_encoder.d_model=16", "text_encoder.num_layers=1", "text_encoder.num_heads=2", "text_encoder.d_kv=8",
+    "text_encoder.d_ff=16", "data.pool_size=8", "data.min_fill=4", "data.refresh_per_step=2", "data.encode_batch_size=2",
+    "optimizer.warmup_steps=1", "optimizer.schedule=constant", "logging.log_iters=1", "sampling_steps=2",
+    "noise_augmentation_max_timestep=100", "ema.weight=0.5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    """A tiny VAE with four latent channels, untrained."""
+    folder = tmp_path_factory.mktemp("vae")
+    settings = [
+        "trainer=vae",
+        "height=32",
+        "width=32",
+        "batch_size=2",
+        "vae.dim=4",
+        "vae.z_dim=4",
+        "vae.dim_mult=[1,1,2]",
+    ]
+    settings += ["data.num_frames=5", "data.tail_num_frames=5", "max_steps=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.vae.STATISTICS_CLIPS", 2)
+        VAETrainer(load_config(overrides=settings), ALONE, folder).train(visualize=False)
+    return folder / "export"
+
+
+@pytest.fixture(autouse=True)
+def toy_sizes(monkeypatch):
+    sizes = {"dim": 16, "ffn_dim": 32, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4, "freq_dim": 16}
+    monkeypatch.setitem(WAN_CONFIGS, "toy", WanConfig(**sizes, text_dim=16, text_len=24))
+    monkeypatch.setattr("trainer.diffusion.NUM_SAMPLES", 1)
+    monkeypatch.setattr("trainer.diffusion.NUM_EVAL_CLIPS", 2)
+    monkeypatch.setattr("trainer.diffusion.train_tokenizer", small_tokenizer)
+
+
+def small_tokenizer(folder: Path, max_length: int) -> int:
+    from world.tokenizer import train_tokenizer
+
+    return train_tokenizer(folder, num_sentences=500, max_length=max_length)
+
+
+def make_trainer(folder: Path, vae_folder: Path, *overrides: str, ranks: Ranks = ALONE) -> DiffusionTrainer:
+    config = load_config(overrides=[*TOY, f"data.vae_folder={vae_folder}", *overrides])
+    return DiffusionTrainer(config, ranks, folder, Tracker(folder))
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return load_training_state(folder).tensors
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ["teacher_forcing=true"],
+        ["teacher_forcing=false"],
+        ["causal=false", "teacher_forcing=false"],
+        ["independent_first_frame=true", "num_training_frames=7", "num_output_frames=7"],
+        ["gradient_checkpointing=true", "timestep_sampling=logit_normal", "timestep_weighting=true"],
+        ["denoising_loss_type=x0", "noise_augmentation_max_timestep=0"],
+    ],
+    ids=lambda mode: mode[0],
+)
+def test_every_mode_learns_something(mode: list[str], tmp_path: Path, vae_folder: Path):
+    trainer = make_trainer(tmp_path, vae_folder, "max_steps=2", *mode)
+    before = {name: p.detach().clone() for name, p in trainer.players[0].module.named_parameters()}
+    trainer.train(save=False, visualize=False)
+    unmoved = [name for name, p in trainer.players[0].module.named_parameters() if torch.equal(p, before[name])]
+    assert not unmoved
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0.1 < lines[-1]["student/loss"] < 10
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path / "whole", vae_folder, "max_steps=4").train(visualize=False)
+    make_trainer(tmp_path / "parts", vae_folder, "max_steps=2").train(visualize=False)
+    make_trainer(tmp_path / "parts", vae_folder, "max_steps=4").train(visualize=False)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_accumulated_passes_are_one_large_batch(tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path / "large", vae_folder, "max_steps=2", "batch_size=4").train(visualize=False)
+    make_trainer(tmp_path / "small", vae_folder, "max_steps=2", "total_batch_size=4").train(visualize=False)
+    large, small = state(tmp_path / "large"), state(tmp_path / "small")
+    for name, tensor in large.items():
+        if "/exp_avg/" in name:  # the gradients; Adam turns rounding in tiny ones into whole steps
+            torch.testing.assert_close(tensor, small[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_evaluation_leaves_a_contact_sheet(tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path, vae_folder, "max_steps=1").train(save=False)
+    assert (tmp_path / "samples" / "step_000001.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval/loss"] > 0
+
+
+def test_export_is_a_model_folder(tmp_path: Path, vae_folder: Path):
+    trainer = make_trainer(tmp_path, vae_folder, "max_steps=2", "ema.weight=0")
+    trainer.train(visualize=False)
+    folder = str(tmp_path / "export")
+    options = {"is_causal": True, "local_attn_size": 6, "timestep_shift": 3.0}
+    generator = WanDiffusionWrapper(folder, dtype=torch.float32, **options)
+    text_encoder = WanTextEncoder(folder, dtype=torch.float32)
+    vae = WanVAEWrapper(folder)
+
+    prompt = ["a red puppet waves"]
+    embeds = text_encoder(prompt)
+    torch.testing.assert_close(embeds, trainer.embed(prompt).detach(), rtol=0.05, atol=0.05)  # bfloat16 on disk
+    x, t = torch.randn(1, 6, 4, 4, 4), torch.full((1, 6), 500.0)
+    with torch.no_grad():
+        flow, _ = generator(x, Conditioning(embeds), t)
+        expected, _ = trainer.generator(x, Conditioning(trainer.embed(prompt)), t)
+    torch.testing.assert_close(flow, expected, rtol=0.05, atol=0.02)
+    assert vae.decode_to_pixel(x).shape == (1, 21, 3, 32, 32)
+
+
+def test_an_exported_model_is_trained_further(tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path / "first", vae_folder, "max_steps=1").train(visualize=False)
+    more = ["from_scratch=false", f"model_name={tmp_path / 'first' / 'export'}", "max_steps=1"]
+    config = load_config(overrides=[*TOY, *more])
+    DiffusionTrainer(config, ALONE, tmp_path / "second").train(visualize=False)
+    frozen = load_config(overrides=[*TOY, *more, "train_text_encoder=false"])
+    trainer = DiffusionTrainer(frozen, ALONE, tmp_path / "third")
+    trainer.train(visualize=False)
+    assert not any("text_encoder" in name for name in state(tmp_path / "third"))
+    assert WanTextEncoder(str(tmp_path / "third" / "export"))(["a puppet"]).shape == (1, 24, 16)
+
+
+def test_dropped_prompts_are_the_negative_prompt(tmp_path: Path, vae_folder: Path):
+    trainer = make_trainer(tmp_path, vae_folder, "max_steps=1", "data.text_dropout=1", "negative_prompt=nothing")
+    trainer.start()
+    from utils.distributed import Rngs
+
+    batch = trainer.prepare(SampleRngs(Rngs(0, 0, torch.device("cpu")), range(2)))
+    expected = trainer.embed(["nothing", "nothing"])
+    torch.testing.assert_close(batch.conditioning.prompt_embeds, expected)
+
+
+def test_settings_that_cannot_work(tmp_path: Path, vae_folder: Path):
+    with pytest.raises(ConfigError, match="set train_text_encoder: true"):
+        make_trainer(tmp_path, vae_folder, "max_steps=1", "train_text_encoder=false")
+    with pytest.raises(ConfigError, match="square"):
+        make_trainer(tmp_path, vae_folder, "max_steps=1", "width=48")
+    with pytest.raises(ValueError, match="no multiple"):
+        make_trainer(tmp_path, vae_folder, "max_steps=1", "data.pool_size=7")
+    with pytest.raises(ValueError, match="teacher_forcing: false"):
+        make_trainer(tmp_path, vae_folder, "max_steps=1", "causal=false")

@@ -1,0 +1,7 @@
+"""Recipes of the one loop in `trainer/base.py`: which networks, which data, which objective."""
+
+from trainer.base import Trainer
+from trainer.diffusion import DiffusionTrainer
+from trainer.vae import VAETrainer
+
+TRAINERS: dict[str, type[Trainer]] = {"vae": VAETrainer, "diffusion": DiffusionTrainer}

@@ -1,0 +1,246 @@
+"""Flow matching on puppet latents: the many-step causal model, or its bidirectional teacher."""
+
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.base import Batch, Player
+from model.diffusion import CausalDiffusion
+from pipeline.bidirectional_inference import BidirectionalInferencePipeline
+from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
+from trainer.base import Trainer
+from utils.checkpoint import load_generator
+from utils.conditioning import Conditioning
+from utils.config import ConfigError
+from utils.dataset import PuppetLatents
+from utils.distributed import Rngs, SampleRngs, barrier, mix_seed
+from utils.video import contact_sheet
+from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
+from wan.configs import (
+    TEXT_ENCODER_FILES,
+    TOKENIZER_FOLDERS,
+    VAE_FILES,
+    WAN_CONFIGS,
+    WanConfig,
+    find_model_file,
+    find_model_folder,
+)
+from wan.modules.text_encoder import TextTokenizer, encode, load_umt5, new_umt5, save_umt5
+from wan.modules.vae import load_vae
+from world.captions import captions
+from world.puppet import sample_scenes
+from world.render import paint
+from world.tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+NUM_SAMPLES = 4  # videos on the contact sheet
+NUM_EVAL_CLIPS = 16  # held-out clips that the loss is measured on
+EVAL_STEP = 2**40  # the held-out loss draws its noise as this step: no training step ever
+
+
+class DiffusionTrainer(Trainer):
+    """Teacher forcing, diffusion forcing or bidirectional, by `causal` and `teacher_forcing`.
+
+    The run folder's `export/` is a model folder from the first step on: sizes, VAE and tokenizer are known; the
+    transformer and, if it learns too, the text encoder join at the end.
+    """
+
+    name = "diffusion"
+
+    def build(self) -> list[Player]:
+        config = self.config
+        if config.height != config.width:
+            raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
+        self.model_config = _model_config(config.model_name)
+        self.folder = self.run_dir / "export"
+        if self.ranks.is_main:
+            self.begin_folder()
+        barrier(self.ranks)
+        self.generator = self.build_generator()
+        self.tokenizer = TextTokenizer(find_model_file(self.folder, TOKENIZER_FOLDERS), self.model_config.text_len)
+        self.text_encoder = self.build_text_encoder()
+        self.data = self.build_data("train", self.ranks.rank, config.data.pool_size, config.data.min_fill)
+        self.eval_data: PuppetLatents | None = None
+        self.objective = CausalDiffusion(
+            self.generator,
+            self.generator.scheduler,
+            is_causal=config.causal,
+            teacher_forcing=config.teacher_forcing,
+            num_frame_per_block=config.num_frame_per_block,
+            independent_first_frame=config.independent_first_frame,
+            noise_augmentation_max_timestep=config.noise_augmentation_max_timestep,
+            denoising_loss_type=config.denoising_loss_type,
+            timestep_sampling=config.timestep_sampling,
+            timestep_weighting=config.timestep_weighting,
+        )
+        learners = {"generator": self.generator}
+        if config.train_text_encoder:
+            learners["text_encoder"] = self.text_encoder
+        return [Player("student", nn.ModuleDict(learners), self.objective.loss)]
+
+    # --- networks and data ---
+
+    def begin_folder(self) -> None:
+        """Write what is known of the exported model before training: sizes, VAE, tokenizer."""
+        config, data = self.config, self.config.data
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(self.model_config.to_json(), encoding="utf-8")
+        vae = find_model_file(data.vae_folder or find_model_folder(config.model_name), VAE_FILES)
+        for file in (vae, vae.with_suffix(".json")):
+            if file.is_file():
+                shutil.copyfile(file, self.folder / file.name)
+        tokenizer = self.folder / TOKENIZER_FOLDERS[0]
+        if tokenizer.is_dir():
+            return
+        if data.tokenizer_folder:
+            shutil.copytree(data.tokenizer_folder, tokenizer)
+        elif config.from_scratch:
+            train_tokenizer(tokenizer, max_length=self.model_config.text_len)
+        else:
+            shutil.copytree(find_model_file(find_model_folder(config.model_name), TOKENIZER_FOLDERS), tokenizer)
+
+    def build_generator(self) -> WanDiffusionWrapper:
+        config = self.config
+        generator = WanDiffusionWrapper(
+            config.model_name,
+            is_causal=config.causal,
+            timestep_shift=config.timestep_shift,
+            num_frame_per_block=config.num_frame_per_block,
+            local_attn_size=config.model_kwargs.local_attn_size,
+            sink_size=config.model_kwargs.sink_size,
+            independent_first_frame=config.independent_first_frame,
+            rope_base=config.rope_base,
+            attention_backend=config.attention_backend,
+            from_scratch=config.from_scratch,
+            model_config=self.model_config,
+            device=self.device,
+            dtype=torch.float32,
+        )
+        if config.generator_ckpt:
+            load_generator(generator, config.generator_ckpt, use_ema=config.use_ema)
+        generator.requires_grad_(True)
+        generator.model.gradient_checkpointing = config.gradient_checkpointing
+        if config.compile:
+            generator.model.compile_blocks()
+        return generator
+
+    def build_text_encoder(self) -> nn.Module:
+        config, sizes = self.config, self.config.text_encoder
+        if not config.from_scratch:
+            weights = find_model_file(find_model_folder(config.model_name), TEXT_ENCODER_FILES)
+            dtype = torch.float32 if config.train_text_encoder else torch.bfloat16
+            model = load_umt5(weights, device=self.device, dtype=dtype)
+        elif not config.train_text_encoder:
+            raise ConfigError(
+                "from_scratch makes a new text encoder too, which must learn; set train_text_encoder: true"
+            )
+        else:
+            model = new_umt5(vocab_size=len(self.tokenizer), **vars(sizes)).to(self.device)
+        return model.requires_grad_(config.train_text_encoder)
+
+    def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
+        config = self.config
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        if not hasattr(self, "encode_video"):
+            vae = load_vae(find_model_file(self.folder, VAE_FILES), device=self.device, dtype=dtype)
+            self.encode_video = torch.compile(vae.encode, dynamic=False) if config.compile else vae.encode
+            self.painter = torch.compile(paint, dynamic=False) if config.compile else paint
+        return PuppetLatents(
+            lambda pixels: self.encode_video(pixels.transpose(1, 2).to(dtype)).transpose(1, 2),
+            seed=config.seed,
+            rank=rank,
+            num_latent_frames=config.num_training_frames,
+            size=config.height,
+            pool_size=pool_size,
+            min_fill=min_fill,
+            refresh_per_step=config.data.refresh_per_step,
+            chunk_size=config.data.encode_batch_size,
+            device=self.device,
+            dtype=dtype,
+            painter=self.painter,
+            split=split,
+        )
+
+    # --- a step ---
+
+    def start(self) -> None:
+        self.data.fill(self.step, whole=not self.config.checkpoint.compact)
+
+    def after_step(self) -> None:
+        self.data.advance(self.step)
+
+    def prepare(self, rngs: SampleRngs) -> Batch:
+        latents, prompts = self.data.draw(rngs.step, rngs.samples)
+        coins = (random.Random(mix_seed(self.config.seed, rngs.step, i, 1)) for i in rngs.samples)
+        share, negative = self.config.data.text_dropout, self.config.negative_prompt
+        prompts = [negative if coin.random() < share else p for coin, p in zip(coins, prompts, strict=True)]
+        return Batch(latents, Conditioning(self.embed(prompts)))
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> [B, T, text_dim], with the text encoder as it is now; differentiable when it learns."""
+        ids, mask = self.tokenizer(list(prompts))
+        ids, mask = ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+        return encode(self.text_encoder, ids, mask)
+
+    # --- how it is judged and handed over ---
+
+    def evaluate(self) -> dict[str, Tensor]:
+        """Loss on held-out puppets with fixed noise; and a contact sheet of samples in the run folder."""
+        size = self.config.data.encode_batch_size
+        if self.eval_data is None:
+            wanted = -(-NUM_EVAL_CLIPS // size) * size
+            self.eval_data = self.build_data("heldout", 0, wanted, wanted)
+            self.eval_data.fill(0)
+        rngs = SampleRngs(Rngs(self.config.seed, EVAL_STEP, self.device), range(NUM_EVAL_CLIPS))
+        latents, prompts = self.eval_data.draw(EVAL_STEP, rngs.samples)
+        with self.autocast():
+            loss, details = self.objective.loss(Batch(latents, Conditioning(self.embed(prompts))), rngs)
+        self.sample(self.run_dir / "samples" / f"step_{self.step:06d}.png")
+        return {"loss": loss, **details}
+
+    def sample(self, path: Path) -> None:
+        """A contact sheet of held-out prompts, with the inference pipeline."""
+        config = self.config
+        scenes = sample_scenes(NUM_SAMPLES, config.seed, "heldout", start=2 * NUM_EVAL_CLIPS)
+        prompts = captions(scenes, config.seed, full=True)
+        options = {"solver": config.solver, "sampling_steps": config.sampling_steps}
+        options |= {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
+        pipeline_class = BidirectionalInferencePipeline
+        if config.causal:
+            pipeline_class = CausalDiffusionInferencePipeline
+            options |= {
+                "num_frame_per_block": config.num_frame_per_block,
+                "independent_first_frame": config.independent_first_frame,
+                "context_noise": config.context_noise,
+            }
+        vae = WanVAEWrapper(str(self.folder), device=self.device)
+        videos = pipeline_class(self.generator, self.embed, vae, **options).inference(
+            text_prompts=prompts,
+            seeds=[config.seed + i for i in range(NUM_SAMPLES)],
+            num_frames=config.num_training_frames,
+            height=config.height,
+            width=config.width,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(path, list(videos), prompts)
+
+    def export(self, folder: Path) -> None:
+        """The rest of the model folder, in bfloat16 and under Wan's names."""
+        self.generator.model.save_pretrained(folder, torch.bfloat16)
+        if self.config.train_text_encoder:
+            save_umt5(self.text_encoder, folder / TEXT_ENCODER_FILES[-1], torch.bfloat16)
+            return
+        weights = find_model_file(find_model_folder(self.config.model_name), TEXT_ENCODER_FILES)
+        for file in (weights, weights.with_suffix(".json")):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _model_config(model_name: str) -> WanConfig:
+    return WAN_CONFIGS.get(model_name) or WanConfig.from_folder(find_model_folder(model_name))
