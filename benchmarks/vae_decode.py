@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from wan.modules.vae import WanVAE, load_vae
+from wan.modules.vae import WanVAE, channels_last_weights_, load_vae
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    vae = load_vae(args.weights, device, dtype) if args.weights else WanVAE(**args.sizes).to(device, dtype).eval()
+    if args.weights:
+        vae = load_vae(args.weights, device, dtype)
+    else:
+        vae = WanVAE(**args.sizes).to(device, dtype).eval()
+        channels_last_weights_(vae)
     decode = torch.compile(vae.decode, fullgraph=True, dynamic=False) if args.compile else vae.decode
     latent_size = (args.height // vae.spatial_stride, args.width // vae.spatial_stride)
     shape = (args.batch_size, len(vae.latents_mean), args.latents_per_call, *latent_size)

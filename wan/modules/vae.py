@@ -437,6 +437,15 @@ def check_continues(history: History | None, x: Tensor) -> None:
         )
 
 
+def channels_last_weights_(vae: WanVAE) -> None:
+    """Lay the weights out as the activations are: a third faster on the CPU."""
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.to(memory_format=torch.channels_last_3d)
+        elif isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+
+
 def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
     """The VAE in a `.pth` or `.safetensors` file, in eval mode.
 
@@ -453,11 +462,7 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.
         raise ValueError(f"{sizes_file} must hold WanVAE's constructor arguments: {error}") from error
     load_weights(vae, [path], device=device, dtype=dtype)
     vae = vae.to(device, dtype).eval().requires_grad_(False)
-    for layer in vae.modules():  # weights in the layout of the activations: a quarter faster on the CPU
-        if isinstance(layer, nn.Conv3d):
-            layer.to(memory_format=torch.channels_last_3d)
-        elif isinstance(layer, nn.Conv2d):
-            layer.to(memory_format=torch.channels_last)
+    channels_last_weights_(vae)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
     logger.info("VAE %s: %.1fM parameters, %s on %s", path.name, num_parameters / 1e6, dtype, device)
     return vae
