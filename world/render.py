@@ -1,8 +1,8 @@
 """From scenes to pixels: a fold of signed distances, painted back to front.
 
 Every limb is a polyline of three points with a radius at each; its distance is exact up to the taper, its edge is one pixel
-of anti-aliasing, its outline a darker rim. Parameters are computed once per frame; `paint` is then pure per-pixel arithmetic
-over a fixed list of layers, without branches on data, so that `torch.compile` turns it into one fused kernel.
+of anti-aliasing, its outline a darker rim. `shapes` computes parameters once per frame; `Painter` is then pure per-pixel
+arithmetic over a fixed list of layers, without branches on data.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class Layer:
     opacity: float = 1.0
     relief: float = 0.16
 
+    @property
+    def style(self) -> tuple[float, float, float, float]:
+        return self.outline, self.softness, self.opacity, self.relief
+
 
 _SMALL = Layer(1, outline=0.0, relief=0.0)
 LAYERS = (
@@ -79,11 +83,11 @@ _CAP_AFTER = 11  # the cap is painted on the head, under the face
 
 @dataclass(frozen=True)
 class Shapes:
-    """Per-frame parameters of `paint`; B scenes, T frames, L layers. Colours in 0 .. 1.
+    """Per-frame parameters of `paint`; B scenes, T frames, L layers. Colours in 0 .. 1, a zero after them.
 
-    points [B, T, L, 3, 2], radii [B, T, L, 3], colours [B, L, 3]; cap [B, T, 6]: centre, up vector, radius, cut;
-    cap_colour [B, 3]; prop [B, T, 6]: centre, radius, cos and sin of its turn, squash; prop_kind [B, 4]: one-hot;
-    prop_colour, background [B, 3]; stage [B, T, 6]: horizon y, puppet's shadow x, y, width, prop's shadow x, width.
+    points [L, B, T, 3, 2], radii [L, B, T, 3], colours [L, B, 4]; cap [B, T, 6]: centre, up vector, radius, cut;
+    cap_colour [B, 4]; prop [B, T, 6]: centre, radius, cos and sin of its turn, squash; prop_kind [B, 4]: one-hot;
+    prop_colour, background [B, 4]; stage [B, T, 6]: horizon y, puppet's shadow x, y, width, prop's shadow x, width.
     """
 
     points: Tensor
@@ -97,9 +101,6 @@ class Shapes:
     background: Tensor
     stage: Tensor
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self.__dict__.values())
-
 
 def render(
     scenes: Scenes,
@@ -110,16 +111,16 @@ def render(
     frame_stride: int = 1,
     return_mask: bool = False,
     frames_per_chunk: int = 4096,
-    painter=None,
-):
+    painter: Painter | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Videos [B, T, 3, size, size] in [-1, 1] of num_frames frames from start_frame on, every frame_stride-th.
 
     return_mask: also the coverage [B, T, 1, size, size] in [0, 1] of the puppet and its prop.
     frames_per_chunk: frames (over all scenes) painted at once, which bounds memory: 0.2 MB x 40 each when run eagerly.
-    painter: `paint` or `torch.compile(paint, dynamic=False)`; give it batches of one shape.
+    painter: a `Painter(compiled=True)` to reuse; give it batches of one shape.
     """
     frames = start_frame + frame_stride * torch.arange(num_frames, device=scenes.device)
-    painter = painter or paint
+    painter = painter or Painter()
     if scenes.device.type == "cpu":
         frames_per_chunk = min(frames_per_chunk, 8)  # stay in the cache: three times faster than all at once
     scenes_at_once = max(1, frames_per_chunk // num_frames)
@@ -128,7 +129,7 @@ def render(
     for first in range(0, len(scenes), scenes_at_once):
         some = scenes.select(slice(first, first + scenes_at_once))
         parts = [
-            painter(*shapes(some, frames[t : t + frames_at_once]).tensors(), size=size)
+            painter(shapes(some, frames[t : t + frames_at_once]), size)
             for t in range(0, num_frames, frames_at_once)
         ]
         videos.append(torch.cat([video for video, _ in parts], dim=1))
@@ -219,86 +220,122 @@ def shapes(scenes: Scenes, frames: Tensor) -> Shapes:
     under_prop = 9.0 + 4.0 * squash
     stage = torch.cat([horizon, feet, ground, shadow, now.prop[..., :1], under_prop], -1)
     return Shapes(
-        points=torch.stack([points for points, _ in lines], 2),
-        radii=torch.stack([radii for _, radii in lines], 2),
-        colours=torch.stack(colours, 1),
+        points=torch.stack([points for points, _ in lines]),
+        radii=torch.stack([radii for _, radii in lines]),
+        colours=_four_channels(torch.stack(colours)),
         cap=cap,
-        cap_colour=body * 0.92,
+        cap_colour=_four_channels(body * 0.92),
         prop=prop,
         prop_kind=torch.nn.functional.one_hot(scenes.prop, 4).to(cap.dtype),
-        prop_colour=_rgb(BODY_RGB.values(), scenes.prop_colour),
-        background=background,
+        prop_colour=_four_channels(_rgb(BODY_RGB.values(), scenes.prop_colour)),
+        background=_four_channels(background),
         stage=stage,
     )
 
 
-def paint(
-    points: Tensor, radii: Tensor, colours: Tensor, cap: Tensor, cap_colour: Tensor, prop: Tensor, prop_kind: Tensor,
-    prop_colour: Tensor, background: Tensor, stage: Tensor, *, size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pixels [B, T, 3, size, size] in [-1, 1] and coverage [B, T, 1, size, size] of puppet and prop, from `Shapes`."""
-    pixel = CANVAS / size  # canvas px per output px
-    axis = (torch.arange(size, device=points.device, dtype=points.dtype) + 0.5) * pixel
-    x, y = axis[None, None, None, None, :], axis[None, None, None, :, None]
+class Painter:
+    """From `Shapes` to pixels: a backdrop, then one stroke per layer on a canvas [B, T, 4, size, size] (r, g, b, uncovered).
 
-    def per_frame(values: Tensor) -> Tensor:  # [B, T] -> broadcastable against [B, T, 3, size, size]
-        return values[:, :, None, None, None]
+    Painter(compiled=True) compiles the four kinds of stroke once per shape of batch (a minute at most): each is then one
+    kernel that reads and writes the canvas once. The whole fold in one graph would compile for ten minutes and spill.
+    """
 
-    def per_scene(colour: Tensor) -> Tensor:  # [B, 3]
-        return colour[:, None, :, None, None]
+    def __init__(self, compiled: bool = False):
+        def ready(stroke):
+            return torch.compile(stroke, dynamic=False) if compiled else stroke
 
-    # Backdrop: a wall that darkens downwards, a floor that lightens towards us, two soft shadows.
-    horizon, feet_x, ground, shadow_width, prop_x, prop_width = (per_frame(stage[..., i]) for i in range(6))
+        self._backdrop, self._limb, self._cap, self._prop = map(ready, (_backdrop, _limb, _cap, _prop))
+
+    def __call__(self, shapes: Shapes, size: int) -> tuple[Tensor, Tensor]:
+        """Pixels [B, T, 3, size, size] in [-1, 1] and coverage [B, T, 1, size, size] of puppet and prop."""
+        styles = torch.tensor([layer.style for layer in LAYERS], device=shapes.points.device)
+        canvas = self._backdrop(shapes.stage, shapes.background, shapes.prop_kind, size)
+        canvas = self._prop(canvas, shapes.prop, shapes.prop_kind, shapes.prop_colour)
+        for i, layer in enumerate(LAYERS):
+            canvas = self._limb(
+                canvas, shapes.points[i], shapes.radii[i], shapes.colours[i], styles[i], segments=layer.segments
+            )
+            if i == _CAP_AFTER:
+                canvas = self._cap(canvas, shapes.cap, shapes.cap_colour)
+        return canvas[:, :, :3].clamp(0, 1) * 2 - 1, 1 - canvas[:, :, 3:]
+
+
+def _pixels(size: int, like: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Centres of pixels in canvas px, x [size] and y [size, 1], and canvas px per output px."""
+    pixel = CANVAS / size
+    axis = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) * pixel
+    return axis, axis[:, None], pixel
+
+
+def _per_frame(values: Tensor) -> Tensor:
+    """[B, T] -> [B, T, 1, 1, 1], to meet [B, T, channels, size, size]."""
+    return values[:, :, None, None, None]
+
+
+def _backdrop(stage: Tensor, background: Tensor, prop_kind: Tensor, size: int) -> Tensor:
+    """A wall that darkens downwards, a floor that lightens towards us, two soft shadows; canvas [B, T, 4, size, size]."""
+    x, y, _ = _pixels(size, stage)
+    horizon, feet_x, ground, shadow_width, prop_x, prop_width = (_per_frame(stage[..., i]) for i in range(6))
     wall = 1.05 - 0.13 * y / CANVAS
     floor = 0.76 + 0.14 * (y - horizon) / (CANVAS - _HORIZON)
     on_floor = ((y - horizon) / 2.0 + 0.5).clamp(0, 1)
     line = 0.10 * torch.exp(-(((y - horizon) / 1.6) ** 2))
     depth = ((y - ground) / 3.4) ** 2
+    has_prop = 1 - prop_kind[:, 0, None, None, None, None]
     shade = 1 - 0.42 * torch.exp(-(((x - feet_x) / shadow_width) ** 2) - depth)
-    shade = shade - 0.34 * (1 - per_scene(prop_kind[:, :1])) * torch.exp(-(((x - prop_x) / prop_width) ** 2) - depth)
-    image = per_scene(background) * (wall + (floor - wall) * on_floor - line) * shade
-    uncovered = torch.ones_like(x + y + horizon)
+    shade = shade - 0.34 * has_prop * torch.exp(-(((x - prop_x) / prop_width) ** 2) - depth)
+    light = (wall * (1 - on_floor) + floor * on_floor - line) * shade
+    colour = background[:, None, :, None, None]
+    uncovered = torch.arange(4, device=stage.device)[:, None, None] == 3
+    return colour * light + uncovered
 
-    def over(image, uncovered, distance, colour, layer: Layer, radius):
-        """Paint a shape of signed `distance` (px, negative inside): first its outline, then its lit inside."""
-        soft = layer.softness * pixel
-        fill = (0.5 - distance / soft).clamp(0, 1) * layer.opacity
-        if layer.relief:
-            light = 1 + layer.relief * ((-distance / radius).clamp(0, 1) - 0.35)
-            colour = colour * light
-        if layer.outline == 0:
-            return image + fill * (colour - image), uncovered
-        rim = (0.5 - (distance - layer.outline) / soft).clamp(0, 1) * layer.opacity
-        image = image * (1 - rim) + (rim - fill) * (colour * 0.28 + 0.02) + fill * colour
-        return image, uncovered * (1 - rim)
 
-    def segment(i: int, j: int, layer: int) -> Tensor:
-        ax, ay = per_frame(points[:, :, layer, i, 0]), per_frame(points[:, :, layer, i, 1])
-        bx, by = per_frame(points[:, :, layer, j, 0]), per_frame(points[:, :, layer, j, 1])
-        ra, rb = per_frame(radii[:, :, layer, i]), per_frame(radii[:, :, layer, j])
-        dx, dy = bx - ax, by - ay
-        scale = 1 / (dx * dx + dy * dy + 1e-6)
+def _over(canvas, distance, colour, radius, outline, softness, opacity, relief) -> Tensor:
+    """Paint a shape of signed `distance` (px, negative inside) on the canvas: its outline, and its lit inside.
+
+    What counts as uncovered shrinks by the outline's coverage. Layers without an outline lie on others that have one.
+    """
+    fill = (0.5 - distance / softness).clamp(0, 1) * opacity
+    rim = (0.5 - (distance - outline) / softness).clamp(0, 1) * opacity
+    lit = 1 + relief * ((-distance / radius).clamp(0, 1) - 0.35)
+    ink = rim - fill
+    colour = colour[:, None, :, None, None]
+    visible = torch.arange(4, device=canvas.device)[:, None, None] < 3
+    return canvas * (1 - rim) + (fill * lit + 0.28 * ink) * colour + 0.02 * ink * visible
+
+
+def _limb(canvas: Tensor, points: Tensor, radii: Tensor, colour: Tensor, style: Tensor, segments: int) -> Tensor:
+    """One layer: a polyline of `segments` (1 or 2) tapered capsules. points [B, T, 3, 2], radii [B, T, 3], style [4]."""
+    x, y, pixel = _pixels(canvas.shape[-1], canvas)
+
+    def segment(i: int, j: int) -> Tensor:
+        ax, ay = _per_frame(points[:, :, i, 0]), _per_frame(points[:, :, i, 1])
+        dx, dy = _per_frame(points[:, :, j, 0]) - ax, _per_frame(points[:, :, j, 1]) - ay
+        ra, rb = _per_frame(radii[:, :, i]), _per_frame(radii[:, :, j])
         px, py = x - ax, y - ay
-        along = ((px * dx + py * dy) * scale).clamp(0, 1)
+        along = ((px * dx + py * dy) * (1 / (dx * dx + dy * dy + 1e-6))).clamp(0, 1)
         ex, ey = px - along * dx, py - along * dy
         return (ex * ex + ey * ey + 1e-6).sqrt() - (ra + (rb - ra) * along)
 
-    distance = _prop_distance(x, y, [per_frame(prop[..., i]) for i in range(6)], prop_kind)
-    image, uncovered = over(image, uncovered, distance, per_scene(prop_colour), Layer(1, relief=0.22), PROP_RADIUS)
-    for i, layer in enumerate(LAYERS):
-        distance = segment(0, 1, i)
-        if layer.segments == 2:
-            distance = torch.minimum(distance, segment(1, 2, i))
-        image, uncovered = over(
-            image, uncovered, distance, per_scene(colours[:, i]), layer, per_frame(radii[:, :, i, 1])
-        )
-        if i == _CAP_AFTER:
-            cx, cy, ux, uy, radius, cut = (per_frame(cap[..., k]) for k in range(6))
-            round_ = ((x - cx) ** 2 + (y - cy) ** 2).sqrt() - radius
-            brim = cut - ((x - cx) * ux + (y - cy) * uy)
-            distance = torch.maximum(round_, brim)
-            image, uncovered = over(image, uncovered, distance, per_scene(cap_colour), Layer(1, relief=0.2), radius)
-    return image.clamp(0, 1) * 2 - 1, 1 - uncovered
+    distance = segment(0, 1)
+    if segments == 2:
+        distance = torch.minimum(distance, segment(1, 2))
+    return _over(canvas, distance, colour, _per_frame(radii[:, :, 1]), style[0], style[1] * pixel, style[2], style[3])
+
+
+def _cap(canvas: Tensor, cap: Tensor, colour: Tensor) -> Tensor:
+    """The part of a disc above a line across the head."""
+    x, y, pixel = _pixels(canvas.shape[-1], canvas)
+    cx, cy, ux, uy, radius, cut = (_per_frame(cap[..., k]) for k in range(6))
+    disc = ((x - cx) ** 2 + (y - cy) ** 2 + 1e-6).sqrt() - radius
+    brim = cut - ((x - cx) * ux + (y - cy) * uy)
+    return _over(canvas, torch.maximum(disc, brim), colour, radius, 1.4, pixel, 1.0, 0.2)
+
+
+def _prop(canvas: Tensor, prop: Tensor, kind: Tensor, colour: Tensor) -> Tensor:
+    x, y, pixel = _pixels(canvas.shape[-1], canvas)
+    distance = _prop_distance(x, y, [_per_frame(prop[..., i]) for i in range(6)], kind)
+    return _over(canvas, distance, colour, PROP_RADIUS, 1.4, pixel, 1.0, 0.22)
 
 
 def _prop_distance(x: Tensor, y: Tensor, prop: list[Tensor], kind: Tensor) -> Tensor:
@@ -335,3 +372,8 @@ def _tint(colour: Tensor, amount: float) -> Tensor:
 
 def _rgb(table, index: Tensor) -> Tensor:
     return torch.tensor(list(table), dtype=torch.float32, device=index.device)[index] / 255
+
+
+def _four_channels(colour: Tensor) -> Tensor:
+    """r, g, b and a zero for the canvas's fourth plane, what is still uncovered."""
+    return torch.nn.functional.pad(colour, (0, 1))

@@ -27,7 +27,7 @@ from world.judges import (
     save_judges,
 )
 from world.puppet import CANVAS, NUM_BODY_JOINTS, Scenes, joints, sample_scenes
-from world.render import paint, render
+from world.render import Painter, render
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         logger.info("resumed at step %d after %.0f s", step, spent)
-    painter = torch.compile(paint, dynamic=False) if compile_renderer else None
+    painter = Painter(compiled=compile_renderer)
 
     def save() -> None:
         out.mkdir(parents=True, exist_ok=True)
