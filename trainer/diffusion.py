@@ -34,7 +34,7 @@ from wan.modules.text_encoder import TextTokenizer, encode, load_umt5, new_umt5,
 from wan.modules.vae import load_vae
 from world.captions import captions
 from world.puppet import sample_scenes
-from world.render import paint
+from world.render import Painter
 from world.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class DiffusionTrainer(Trainer):
         if not hasattr(self, "encode_video"):
             vae = load_vae(find_model_file(self.folder, VAE_FILES), device=self.device, dtype=dtype)
             self.encode_video = torch.compile(vae.encode, dynamic=False) if config.compile else vae.encode
-            self.painter = torch.compile(paint, dynamic=False) if config.compile else paint
+            self.painter = Painter(compiled=config.compile)
         return PuppetLatents(
             lambda pixels: self.encode_video(pixels.transpose(1, 2).to(dtype)).transpose(1, 2),
             seed=config.seed,

@@ -11,7 +11,7 @@ from torch import Tensor
 from utils.distributed import mix_seed
 from world.captions import captions
 from world.puppet import sample_scenes
-from world.render import paint, render
+from world.render import Painter, render
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class PuppetLatents:
         chunk_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
-        painter: Callable = paint,
+        painter: Painter | None = None,
         split: str = "train",
     ):
         """encode: pixels [B, F_px, 3, size, size] in [-1, 1] -> latents [B, F, C, h, w]; size: pixels of a frame's side."""
