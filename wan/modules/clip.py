@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan.modules.weights import assign_weights, read_tensors
 
@@ -91,13 +91,29 @@ def build_clip_vision(tensors: Mapping[str, Tensor], num_heads: int) -> CLIPVisi
         return CLIPVisionModel(config)
 
 
+class CLIPVision(nn.Module):
+    """Images to clip_feature tokens: preprocessing and a CLIP tower that lacks its last block."""
+
+    def __init__(self, tower: CLIPVisionModel):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1], any size -> [B, 257, 1280], class token first.
+
+        The hidden state in front of ViT-H's last block, without a final norm: what Wan I2V was trained on.
+        """
+        pixels = preprocess(images, self.tower.config.image_size).to(self.tower.dtype)
+        return self.tower(pixel_values=pixels).last_hidden_state
+
+
 def load_clip_vision(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float16,
     *,
     num_heads: int = 16,
-) -> CLIPVisionModel:
+) -> CLIPVision:
     """The vision tower in Wan's CLIP file, without its last block (never used), frozen, in eval mode.
 
     Sizes are read off the weights' shapes; num_heads is ViT-H's unless told otherwise.
@@ -119,7 +135,7 @@ def load_clip_vision(
     positions = torch.arange(embeddings.position_embedding.num_embeddings, device=device)
     embeddings.register_buffer("position_ids", positions[None], persistent=False)  # was left on the meta device
     logger.info("CLIP vision %s: %.1fM parameters, %s on %s", path.name, model.num_parameters() / 1e6, dtype, device)
-    return model.eval().requires_grad_(False)
+    return CLIPVision(model).eval().requires_grad_(False)
 
 
 def preprocess(image: Tensor, size: int) -> Tensor:
@@ -130,12 +146,3 @@ def preprocess(image: Tensor, size: int) -> Tensor:
     resized = F.interpolate(image.float(), size=(size, size), mode="bicubic", align_corners=False)
     mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (resized * 0.5 + 0.5 - mean) / std
-
-
-def encode_image(model: CLIPVisionModel, image: Tensor) -> Tensor:
-    """clip_feature [B, 257, 1280] (class token first) of images [B, 3, H, W] in [-1, 1], for Wan I2V's cross-attention.
-
-    The hidden state in front of the tower's last block, which `load_clip_vision` has left out; no final norm.
-    """
-    pixels = preprocess(image, model.config.image_size).to(model.dtype)
-    return model(pixel_values=pixels).last_hidden_state

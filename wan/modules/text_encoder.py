@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wan.modules.weights import check_same_tensors, read_tensors
+from wan.modules.weights import check_same_tensors, read_tensors, save_safetensors
 
 if TYPE_CHECKING:
     from transformers import UMT5Config, UMT5EncoderModel
@@ -110,6 +110,21 @@ def load_umt5(
     model.set_input_embeddings(model.shared)  # one parameter again: a later .to() must not copy it twice
     logger.info("text encoder %s: %.1fM parameters, %s on %s", path.name, model.num_parameters() / 1e6, dtype, device)
     return model.eval().requires_grad_(False)
+
+
+def new_umt5(**sizes: int) -> UMT5EncoderModel:
+    """A text encoder with fresh weights, float32, of these sizes (the keys of UMT5_XXL_SIZES)."""
+    from transformers import UMT5EncoderModel
+
+    return UMT5EncoderModel(umt5_config(sizes))
+
+
+def save_umt5(model: UMT5EncoderModel, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a `.safetensors` under Wan's names and `<stem>.json` beside it: what `load_umt5` reads."""
+    path = Path(path)
+    save_safetensors(to_wan_names(model.state_dict()), path, dtype)
+    sizes = {name: getattr(model.config, name) for name in UMT5_XXL_SIZES}
+    path.with_suffix(".json").write_text(json.dumps(sizes, indent=2) + "\n")
 
 
 def encode(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from wan.modules.clip import encode_image, load_clip_vision, preprocess
+from wan.modules.clip import load_clip_vision, preprocess
 
 # The last block, the final norm and the head are zeroed in the file: Wan never runs them.
 GOLDEN = Path(__file__).parents[2] / "golden" / "e_clip_vision.safetensors.xz"
@@ -29,7 +29,7 @@ def test_matches_golden(golden, weights, tmp_path, suffix):
     path = tmp_path / f"clip{suffix}"
     torch.save(weights, path) if suffix == ".pth" else save_file(weights, path)
     model = load_clip_vision(path, dtype=torch.float32, num_heads=4)
-    features = encode_image(model, golden["image"])
+    features = model(golden["image"])
     assert features.shape == (1, 10, 32)
     torch.testing.assert_close(features, golden["out_31"], atol=1e-5, rtol=1e-5)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -42,7 +42,7 @@ def test_preprocess_matches_golden(golden):
 def test_features_have_the_models_precision(golden, weights, tmp_path):
     save_file(weights, tmp_path / "clip.safetensors")
     model = load_clip_vision(tmp_path / "clip.safetensors", dtype=torch.bfloat16, num_heads=4)
-    features = encode_image(model, golden["image"].bfloat16())
+    features = model(golden["image"].bfloat16())
     assert features.dtype == torch.bfloat16
     assert (features - golden["out_31"]).abs().mean() < 0.05 * golden["out_31"].std()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from wan.modules.text_encoder import TextTokenizer, clean_text, encode, load_umt5, to_wan_names
+from wan.modules.text_encoder import TextTokenizer, clean_text, encode, load_umt5, new_umt5, save_umt5, to_wan_names
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "d_umt5.safetensors.xz"
 SIZES = {"vocab_size": 97, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 2, "num_heads": 4}
@@ -52,6 +52,16 @@ def test_wan_names_go_both_ways(weights, weight_file, tmp_path):
     assert again.dtype == torch.bfloat16
     assert again.shared.weight is again.encoder.embed_tokens.weight
     assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_new_encoder_comes_back_from_disk(golden, tmp_path):
+    torch.manual_seed(0)
+    model = new_umt5(**SIZES)
+    save_umt5(model, tmp_path / "models_t5_umt5-new.safetensors", torch.float32)
+    again = load_umt5(tmp_path / "models_t5_umt5-new.safetensors", dtype=torch.float32)
+    ids, mask = golden["masked.ids"], golden["masked.mask"]
+    torch.testing.assert_close(encode(again, ids, mask), encode(model.eval(), ids, mask))
+    assert model.config.dropout_rate == 0
 
 
 def test_gradient_flows_from_real_rows_only(golden, weight_file):
