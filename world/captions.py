@@ -130,8 +130,9 @@ NO_PROP_PHRASES = ("alone", "all by itself", "with nothing beside it", "without 
 def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
     """One caption per scene; caption i depends on its scene, the seed and i.
 
-    full=False: long and short forms, each attribute but the puppet's colour or action may be left unsaid, and so may one of
-    those. full=True: body colour, background, action and the prop (or its absence) are all said, in varied words.
+    full=False: long and short forms, each attribute but the puppet's colour or action may be left unsaid, and so may
+    one of those. full=True: body colour, background, action and the prop (or its absence) are all said, in varied
+    words.
     """
     columns = (scenes.body, scenes.background, scenes.action, scenes.speed, scenes.prop, scenes.prop_colour)
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -204,7 +205,7 @@ def _articled(phrase: str, words: str) -> str:
     return phrase.replace("a {}", _article(words)) if "a {}" in phrase else phrase.format(words)
 
 
-# ---- reading captions back -----------------------------------------------------------------------------------------------
+# ---- reading captions back ----
 
 
 def _pattern(words: dict[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
@@ -216,7 +217,8 @@ def _pattern(words: dict[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
 def claims(caption: str) -> dict[str, str]:
     """What a caption in our vocabulary says: body, background, action, prop, prop_colour; unsaid ones are absent.
 
-    A prop of "none" is claimed only by words such as "alone". Used to check captions, and to tell a user what was understood.
+    A prop of "none" is claimed only by words such as "alone". Used to check captions, and to tell a user what was
+    understood.
     """
     text = caption.lower()
     found: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """Small networks that read a puppet video back: joints, action, colours and prop, and a feature vector of the video.
 
-Trained by `world.train_judges` on renders made worse on purpose (blur, noise, re-sampling), so that the slight softness of a
-VAE does not fool them. Videos are [N, T, 3, s, s] in [0, 1]; joints are px of the 128 x 128 canvas.
+Trained by `world.train_judges` on renders made worse on purpose (blur, noise, re-sampling), so that the slight
+softness of a VAE does not fool them. Videos are [N, T, 3, s, s] in [0, 1]; joints are px of the 128 x 128 canvas.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ TRACK_STRIDE = 2  # joint tracks and video windows are read at 8 frames/s: no mo
 WINDOW = 20  # frames of a feature window, TRACK_STRIDE apart: 2.5 s
 WINDOW_STEP = 20  # px frames between the starts of windows
 FEATURES = 128
-LOOK_CLASSES = {"body": len(BODY_COLOURS), "background": len(BACKGROUNDS), "prop": len(PROPS), "prop_colour": len(BODY_COLOURS)}
+LOOK_CLASSES = {
+    "body": len(BODY_COLOURS),
+    "background": len(BACKGROUNDS),
+    "prop": len(PROPS),
+    "prop_colour": len(BODY_COLOURS),
+}
 VIDEO_CLASSES = {**LOOK_CLASSES, "action": len(ACTIONS), "speed": len(SPEEDS), "skin": NUM_SKINS}
 
 
@@ -54,7 +59,9 @@ class KeypointNet(nn.Module):
         self.coarse = nn.Sequential(ResidualBlock(depth), ResidualBlock(depth))
         self.up1 = ResidualBlock(depth)
         self.up2 = nn.Conv2d(depth, width, 1)
-        self.out = nn.Sequential(ResidualBlock(width), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, NUM_JOINTS, 3, padding=1))
+        self.out = nn.Sequential(
+            ResidualBlock(width), nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, NUM_JOINTS, 3, padding=1)
+        )
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames [N, 3, 128, 128] in [-1, 1] -> heatmap logits [N, 18, 32, 32] (float32)."""
@@ -80,12 +87,15 @@ class ActionNet(nn.Module):
     def __init__(self, width: int = 96):
         super().__init__()
         self.stem = nn.Conv1d(4 * NUM_JOINTS, width, 3, padding=1)
-        self.layers = nn.ModuleList(nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation) for dilation in (1, 2, 4))
+        self.layers = nn.ModuleList(
+            nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation) for dilation in (1, 2, 4)
+        )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in self.layers)
         self.head = nn.Linear(2 * width, len(ACTIONS))
 
     def forward(self, tracks: Tensor) -> Tensor:
-        # Relative to where the pelvis is on average, in units of the torso: neither place nor size of the puppet matter.
+        # Relative to where the pelvis is on average, in units of the torso: neither place nor size of the puppet
+        # matter.
         pelvis = (tracks[:, :, 8] + tracks[:, :, 11]) / 2
         torso = (tracks[:, :, 1] - pelvis).norm(dim=-1).mean(1).clamp(min=1.0)
         place = (tracks - pelvis.mean(1)[:, None, None]) / torso[:, None, None, None]
@@ -159,7 +169,11 @@ class VideoNet(nn.Module):
     def forward(self, window: Tensor) -> dict[str, Tensor]:
         features = self.features(window)
         logits = {name: head(F.silu(features)).float() for name, head in self.heads.items()}
-        return {**logits, "joints": self.joints(F.silu(features)).float(), "quality": self.quality(F.silu(features)).float()}
+        return {
+            **logits,
+            "joints": self.joints(F.silu(features)).float(),
+            "quality": self.quality(F.silu(features)).float(),
+        }
 
 
 class Judges(nn.Module):
@@ -223,7 +237,9 @@ def save_judges(judges: Judges, folder: str | Path) -> Path:
 
     path = Path(folder) / WEIGHTS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().half().contiguous() for name, value in judges.state_dict().items()}, str(path))
+    save_file(
+        {name: value.detach().cpu().half().contiguous() for name, value in judges.state_dict().items()}, str(path)
+    )
     return path
 
 

@@ -1,4 +1,4 @@
-"""Skeletons drawn the DWPose way: the same limbs, palette and order as the drawings the pose networks were trained on."""
+"""Skeletons drawn the DWPose way: limbs, palette and order of the drawings that pose networks were trained on."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Who is in the picture and where every joint is, as closed formulas in time.
 
 A scene is a row of numbers; `sample_scenes` draws rows from a counter-based hash, so that scene i of a seed is the same
-whatever the batch size, the order or the device. `pose` turns rows into joints for any frame index: nothing is integrated
-over time, hence frame 10,000 costs what frame 0 costs.
+whatever the batch size, the order or the device. `pose` turns rows into joints for any frame index: nothing is
+integrated over time, hence frame 10,000 costs what frame 0 costs.
 
-Units: pixels of the 128 x 128 canvas, y down; 16 frames/s; angles in radians. The puppet faces us, so its right side is on the
-left of the picture. Joints are OpenPose-18: nose, neck, R shoulder/elbow/wrist, L arm, R hip/knee/ankle, L leg, R eye, L eye,
-R ear, L ear.
+Units: pixels of the 128 x 128 canvas, y down; 16 frames/s; angles in radians. The puppet faces us, so its right side
+is on the left of the picture. Joints are OpenPose-18: nose, neck, R shoulder/elbow/wrist, L arm, R hip/knee/ankle, L
+leg, R eye, L eye, R ear, L ear.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SPEEDS = ("slow", "normal", "fast")
 PROPS = ("none", "ball", "cube", "star")
 NUM_SKINS = 6
 
-# Hz at normal speed. Times 1.4 (fast), and doubled where a cycle holds two beats (walk, dance), all stay below 1.2 Hz: the VAE
-# sees one latent per four frames.
+# Hz at normal speed. Times 1.4 (fast), and doubled where a cycle holds two beats (walk, dance), all stay below 1.2
+# Hz: the VAE sees one latent per four frames.
 ACTION_HZ = (0.80, 0.42, 0.58, 0.45, 0.42, 0.42, 0.30, 0.70, 0.48, 0.32)
 SPEED_FACTORS = (0.7, 1.0, 1.4)
 
@@ -54,7 +54,8 @@ class Scenes:
 
     proportions [B, 7]: factors on leg, torso, arm, head, limb width, shoulder width, body width.
     side [B]: +1 or -1, the side that leads (waves, kicks, bows); the prop stands on the other.
-    motion [B, 12, 3, 3]: (amplitude, frequency factor, phase) of the waves of an improvised motion; centres in `pose_centres`.
+    motion [B, 12, 3, 3]: (amplitude, frequency factor, phase) of the waves of an improvised motion; centres in
+    `pose_centres`.
     camera [B, 4]: pan x, pan y (px), zoom (fraction), phase (turns).
     """
 
@@ -90,7 +91,7 @@ class Scenes:
         return Scenes(**{f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
-# ---- drawing scenes ------------------------------------------------------------------------------------------------------
+# ---- drawing scenes ----
 
 
 def sample_scenes(
@@ -107,7 +108,8 @@ def sample_scenes(
 
     split: "train" never shows the held-out (body, background, action, prop) combinations nor the held-out styles of
     improvised motion; "heldout" shows only held-out combinations, and held-out styles when improvising.
-    moving_camera: share of scenes with a slow pan and zoom; no_prop: share without a prop (before the split's rejection).
+    moving_camera: share of scenes with a slow pan and zoom; no_prop: share without a prop (before the split's
+    rejection).
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split {split!r} is unknown; use 'train' or 'heldout'")
@@ -250,7 +252,7 @@ def _uniform(hashed: Tensor) -> Tensor:
     return (hashed >> 39).float() / (1 << 24)
 
 
-# ---- motion --------------------------------------------------------------------------------------------------------------
+# ---- motion ----
 
 # Lengths in px at proportion 1.
 _SOLE, _LEG, _TORSO, _NECK, _HEAD, _POMPOM = 4.5, 33.0, 28.0, 1.5, 13.5, 4.0
@@ -268,6 +270,14 @@ _CHANNELS = (
     "px", "crouch", "lean", "tilt", "look", "arm_lead", "elbow_lead", "arm_other", "elbow_other",
     "foot_lead", "foot_other", "step", "hop", "lift_lead", "lift_other", "path_lead", "path_other", "profile",
 )  # fmt: skip
+_AT_REST = {
+    "arm_lead": 0.30,
+    "arm_other": 0.30,
+    "elbow_lead": 0.12,
+    "elbow_other": 0.12,
+    "foot_lead": _STANCE,
+    "foot_other": _STANCE,
+}
 _CH = {name: i for i, name in enumerate(_CHANNELS)}
 
 
@@ -276,7 +286,8 @@ class Pose:
     """Everything the drawing needs: joints [B, T, 18, 2] px, and per frame [B, T] or [B, T, 2] extras.
 
     tilt: angle of the head, look: -1 .. 1 where the face turns (+ is the puppet's left, our right);
-    head [B, T, 2]: its centre; prop [B, T, 2]: its centre; squash, turn: its flattening and rotation; hop: px above ground.
+    head [B, T, 2]: its centre; prop [B, T, 2]: its centre; squash, turn: its flattening and rotation; hop: px above
+    ground.
     """
 
     joints: Tensor
@@ -300,7 +311,7 @@ def joints(scenes: Scenes, frames: Tensor) -> Tensor:
 
 
 def pose(scenes: Scenes, frames: Tensor) -> Pose:
-    """Kinematics: what the action says -> feet, pelvis height from leg reach, inverse kinematics of the legs, arms, head."""
+    """What the action says -> feet, pelvis height from the legs' reach, knees by inverse kinematics, arms, head."""
     frames = torch.as_tensor(frames, device=scenes.device)
     seconds = frames.to(torch.float64)[None] / FPS
     hz = _lookup(ACTION_HZ, scenes.action) * _lookup(SPEED_FACTORS, scenes.speed)
@@ -387,11 +398,7 @@ def _act(scenes: Scenes, turns: Tensor) -> dict[str, Tensor]:
     zero = torch.zeros_like(sin)
 
     def saying(**channels) -> Tensor:
-        rest = dict(
-            arm_lead=0.30, arm_other=0.30, elbow_lead=0.12, elbow_other=0.12, foot_lead=_STANCE, foot_other=_STANCE
-        )
-        rest.update(channels)
-        return torch.stack([zero + rest.get(name, 0.0) for name in _CHANNELS])
+        return torch.stack([zero + channels.get(name, _AT_REST.get(name, 0.0)) for name in _CHANNELS])
 
     wave = saying(
         arm_lead=2.05 + 0.12 * sin, elbow_lead=0.72 + 0.62 * sin, tilt=0.10 - 0.05 * sin, px=1.5 * sin, lean=0.03 * sin
@@ -447,37 +454,81 @@ def _act(scenes: Scenes, turns: Tensor) -> dict[str, Tensor]:
     )
 
     squat = saying(
-        crouch=0.50 * swell, foot_lead=12.5, foot_other=12.5, arm_lead=0.35 + 1.2 * swell, arm_other=0.35 + 1.2 * swell,
-        elbow_lead=0.0, elbow_other=0.0,
-    )  # fmt: skip
+        crouch=0.50 * swell,
+        foot_lead=12.5,
+        foot_other=12.5,
+        arm_lead=0.35 + 1.2 * swell,
+        arm_other=0.35 + 1.2 * swell,
+        elbow_lead=0.0,
+        elbow_other=0.0,
+    )
 
     dance = saying(
-        px=8.0 * sin, lean=-0.20 * sin, tilt=0.26 * sin, look=0.5 * sin, crouch=0.07 + 0.05 * (2 * angle).cos(),
-        arm_lead=1.30 + 0.80 * sin, arm_other=1.30 - 0.80 * sin, elbow_lead=1.05 + 0.25 * cos, elbow_other=1.05 - 0.25 * cos,
-        lift_other=8.0 * ((1 + sin) / 2) ** 4, lift_lead=8.0 * ((1 - sin) / 2) ** 4, foot_lead=10.0, foot_other=10.0,
-    )  # fmt: skip
+        px=8.0 * sin,
+        lean=-0.20 * sin,
+        tilt=0.26 * sin,
+        look=0.5 * sin,
+        crouch=0.07 + 0.05 * (2 * angle).cos(),
+        arm_lead=1.30 + 0.80 * sin,
+        arm_other=1.30 - 0.80 * sin,
+        elbow_lead=1.05 + 0.25 * cos,
+        elbow_other=1.05 - 0.25 * cos,
+        lift_other=8.0 * ((1 + sin) / 2) ** 4,
+        lift_lead=8.0 * ((1 - sin) / 2) ** 4,
+        foot_lead=10.0,
+        foot_other=10.0,
+    )
 
     # A windmill: the arms stay in one line, so one of the two turns the other way in "outwards" angles.
     spin = saying(
-        arm_lead=angle, arm_other=math.pi - angle, elbow_lead=0.0, elbow_other=0.0, crouch=0.03 + 0.02 * sin, tilt=0.05 * cos,
-    )  # fmt: skip
+        arm_lead=angle,
+        arm_other=math.pi - angle,
+        elbow_lead=0.0,
+        elbow_other=0.0,
+        crouch=0.03 + 0.02 * sin,
+        tilt=0.05 * cos,
+    )
 
     down = swell**0.85
     bow = saying(
-        lean=1.02 * down, tilt=0.15 * down, look=0.25 + 0.6 * down, px=-6.0 * down, foot_lead=8.0, foot_other=8.0,
-        arm_lead=0.30 + 0.25 * down, elbow_lead=0.12 - 1.95 * down, arm_other=0.30 + 0.75 * down, elbow_other=0.12 + 0.3 * down,
-    )  # fmt: skip
+        lean=1.02 * down,
+        tilt=0.15 * down,
+        look=0.25 + 0.6 * down,
+        px=-6.0 * down,
+        foot_lead=8.0,
+        foot_other=8.0,
+        arm_lead=0.30 + 0.25 * down,
+        elbow_lead=0.12 - 1.95 * down,
+        arm_other=0.30 + 0.75 * down,
+        elbow_other=0.12 + 0.3 * down,
+    )
 
     cheer = saying(
-        arm_lead=2.42 + 0.38 * sin, arm_other=2.42 + 0.38 * sin, elbow_lead=0.25 * cos, elbow_other=0.25 * cos,
-        crouch=0.10 - 0.08 * sin, tilt=0.08 * cos, foot_lead=10.0, foot_other=10.0,
-    )  # fmt: skip
+        arm_lead=2.42 + 0.38 * sin,
+        arm_other=2.42 + 0.38 * sin,
+        elbow_lead=0.25 * cos,
+        elbow_other=0.25 * cos,
+        crouch=0.10 - 0.08 * sin,
+        tilt=0.08 * cos,
+        foot_lead=10.0,
+        foot_other=10.0,
+    )
 
     out = swell**1.4
     kick = saying(
-        foot_lead=8.0 + 24.0 * out, lift_lead=24.0 * out, foot_other=5.0, px=-4.0 * out, lean=-0.26 * out, tilt=0.10 * out,
-        arm_lead=0.55 + 0.55 * out, arm_other=0.55 + 0.75 * out, elbow_lead=0.3, elbow_other=0.3, crouch=0.03, look=0.3,
-    )  # fmt: skip
+        foot_lead=8.0 + 24.0 * out,
+        lift_lead=24.0 * out,
+        foot_other=5.0,
+        px=-4.0 * out,
+        lean=-0.26 * out,
+        tilt=0.10 * out,
+        arm_lead=0.55 + 0.55 * out,
+        arm_other=0.55 + 0.75 * out,
+        elbow_lead=0.3,
+        elbow_other=0.3,
+        crouch=0.03,
+        look=0.3,
+    )
 
     amplitude, factor, start = (scenes.motion[..., i][..., None] for i in range(3))
     waves = 2 * math.pi * (turns[:, None, None] * factor.double() + start.double())
@@ -532,7 +583,7 @@ def _camera(scenes: Scenes, seconds: Tensor) -> tuple[Tensor, Tensor]:
     pan_x, pan_y, zoom, phase = (scenes.camera[:, i, None] for i in range(4))
     angle = (2 * math.pi * ((0.11 * seconds + phase.double()) % 1.0)).float()
     pan = torch.stack([pan_x * angle.sin(), pan_y * angle.cos()], -1)
-    return 1 + zoom * (0.5 + 0.5 * (angle * 1.0).sin()) - 0.02 * (zoom > 0).float(), pan
+    return 1 + zoom * (0.5 + 0.5 * angle.sin()) - 0.02 * (zoom > 0).float(), pan
 
 
 def _view(points: Tensor, zoom: Tensor, pan: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """From scenes to pixels: a fold of signed distances, painted back to front.
 
-Every limb is a polyline of three points with a radius at each; its distance is exact up to the taper, its edge is one pixel
-of anti-aliasing, its outline a darker rim. `shapes` computes parameters once per frame; `Painter` is then pure per-pixel
-arithmetic over a fixed list of layers, without branches on data.
+Every limb is a polyline of three points with a radius at each; its distance is exact up to the taper, its edge is one
+pixel of anti-aliasing, its outline a darker rim. `shapes` computes parameters once per frame; `Painter` is then pure
+per-pixel arithmetic over a fixed list of layers, without branches on data.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def render(
     for first in range(0, len(scenes), scenes_at_once):
         some = scenes.select(slice(first, first + scenes_at_once))
         parts = [
-            painter(shapes(some, frames[t : t + frames_at_once]), size)
-            for t in range(0, num_frames, frames_at_once)
+            painter(shapes(some, frames[t : t + frames_at_once]), size) for t in range(0, num_frames, frames_at_once)
         ]
         videos.append(torch.cat([video for video, _ in parts], dim=1))
         masks.append(torch.cat([mask for _, mask in parts], dim=1))
@@ -234,10 +233,11 @@ def shapes(scenes: Scenes, frames: Tensor) -> Shapes:
 
 
 class Painter:
-    """From `Shapes` to pixels: a backdrop, then one stroke per layer on a canvas [B, T, 4, size, size] (r, g, b, uncovered).
+    """From `Shapes` to pixels: a backdrop, then strokes on a canvas [B, T, 4, size, size] (r, g, b, uncovered).
 
-    Painter(compiled=True) compiles the four kinds of stroke once per shape of batch (a minute at most): each is then one
-    kernel that reads and writes the canvas once. The whole fold in one graph would compile for ten minutes and spill.
+    Painter(compiled=True) compiles the four kinds of stroke once per shape of batch (a minute at most): each is then
+    one kernel that reads and writes the canvas once. The whole fold in one graph would compile for ten minutes and
+    spill.
     """
 
     def __init__(self, compiled: bool = False):
@@ -273,7 +273,7 @@ def _per_frame(values: Tensor) -> Tensor:
 
 
 def _backdrop(stage: Tensor, background: Tensor, prop_kind: Tensor, size: int) -> Tensor:
-    """A wall that darkens downwards, a floor that lightens towards us, two soft shadows; canvas [B, T, 4, size, size]."""
+    """The empty canvas: a wall that darkens downwards, a floor that lightens towards us, two soft shadows."""
     x, y, _ = _pixels(size, stage)
     horizon, feet_x, ground, shadow_width, prop_x, prop_width = (_per_frame(stage[..., i]) for i in range(6))
     wall = 1.05 - 0.13 * y / CANVAS
@@ -305,7 +305,7 @@ def _over(canvas, distance, colour, radius, outline, softness, opacity, relief) 
 
 
 def _limb(canvas: Tensor, points: Tensor, radii: Tensor, colour: Tensor, style: Tensor, segments: int) -> Tensor:
-    """One layer: a polyline of `segments` (1 or 2) tapered capsules. points [B, T, 3, 2], radii [B, T, 3], style [4]."""
+    """A layer of `segments` (1 or 2) tapered capsules; points [B, T, 3, 2], radii [B, T, 3], style [4]."""
     x, y, pixel = _pixels(canvas.shape[-1], canvas)
 
     def segment(i: int, j: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The small tokenizer of the puppet captions: `python -m world.tokenizer OUT` writes a Hugging Face tokenizer folder.
 
-WordPiece, lower case: a piece for every word of the captions, and for every letter, so that any other English word is spelled
-out; what is neither becomes <unk>. The words are counted, not learned by merging, so the same captions give the same ids.
+WordPiece, lower case: a piece for every word of the captions, and for every letter, so that any other English word is
+spelled out; what is neither becomes <unk>. The words are counted, not learned by merging, so the same captions give
+the same ids.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MIN_COUNT = 20  # made-up names are rarer: they stay spelled out
 
 
 def build_vocabulary(sentences: list[str]) -> dict[str, int]:
-    """Piece -> id: special tokens, letters and signs at the start and inside of words, then words by how often they occur."""
+    """Piece -> id: special tokens, letters and signs, letters inside words, then words by how often they occur."""
     letters = string.ascii_lowercase + string.digits
     pieces = [PAD, EOS, UNK, *letters, *string.punctuation, *(f"##{letter}" for letter in letters)]
     counts = Counter(word for sentence in sentences for word in re.findall("[a-z]{2,}", sentence.lower()))
@@ -31,7 +32,7 @@ def build_vocabulary(sentences: list[str]) -> dict[str, int]:
 
 
 def train_tokenizer(folder: Path, *, num_sentences: int = 20000, max_length: int = 64) -> int:
-    """Count words in captions, write tokenizer.json and tokenizer_config.json into `folder`; returns the vocabulary's size.
+    """Count words in captions and write a tokenizer folder; returns the vocabulary's size.
 
     The result loads offline with `transformers.AutoTokenizer.from_pretrained(folder)`; every text ends with </s>.
     """

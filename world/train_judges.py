@@ -50,7 +50,8 @@ def train(
 ) -> Judges:
     """Train for `seconds` in all (the time of earlier, resumed runs counts) and write DIR/judges.safetensors.
 
-    round_trip: video [B, T, 3, 128, 128] in [-1, 1] -> the same through a VAE; a quarter of the clips then take that way.
+    round_trip: video [B, T, 3, 128, 128] in [-1, 1] -> the same through a VAE; a quarter of the clips then take that
+    way.
     """
     device = torch.device(device)
     judges = Judges().to(device)
@@ -179,11 +180,13 @@ def degrade(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unsteady(tracks: Tensor) -> Tensor:
-    """Joint tracks [N, T, 18, 2] with errors a keypoint network makes: jitter, offsets, and now and then a lost joint."""
+    """Joint tracks [N, T, 18, 2] with the errors of a keypoint network: jitter, offsets, now and then a lost joint."""
     n, t = tracks.shape[:2]
     spread = torch.rand(n, 1, 1, 1, device=tracks.device) * 1.5
     tracks = tracks + spread * torch.randn_like(tracks) + spread * torch.randn_like(tracks[:, :1])
-    lost = torch.rand(n, t, tracks.shape[2], 1, device=tracks.device) < 0.02 * torch.rand(n, 1, 1, 1, device=tracks.device)
+    lost = torch.rand(n, t, tracks.shape[2], 1, device=tracks.device) < 0.02 * torch.rand(
+        n, 1, 1, 1, device=tracks.device
+    )
     return torch.where(lost, tracks[:, :, 1:2] + 12 * torch.randn_like(tracks), tracks)
 
 
@@ -212,7 +215,9 @@ def validate(judges: Judges, *, num_clips: int, device: torch.device | str, seed
         read = judges.read_joints(video)
         error = (read - truth).norm(dim=-1)[:, :, :NUM_BODY_JOINTS]
         look = judges.read_look(video)
-        batch = {name: (look[name].argmax(-1) == getattr(scenes, name)).float() for name in ("body", "background", "prop")}
+        batch = {
+            name: (look[name].argmax(-1) == getattr(scenes, name)).float() for name in ("body", "background", "prop")
+        }
         batch["prop_colour"] = (look["prop_colour"].argmax(-1) == scenes.prop_colour)[scenes.prop > 0].float()
         batch["action"] = (judges.read_action(read).argmax(-1) == scenes.action).float()
         batch["joint_error_px"] = error.mean((1, 2))
