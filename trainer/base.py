@@ -65,6 +65,7 @@ class Trainer(ABC):
         self.next_look = 0
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.manual_seed(mix_seed(config.seed))
         self.players = self.build()
         for player in self.players:

@@ -141,7 +141,7 @@ class DiffusionTrainer(Trainer):
                 "from_scratch makes a new text encoder too, which must learn; set train_text_encoder: true"
             )
         else:
-            model = new_umt5(vocab_size=len(self.tokenizer), **vars(sizes)).to(self.device)
+            model = new_umt5(vocab_size=len(self.tokenizer.tokenizer), **vars(sizes)).to(self.device)
         return model.requires_grad_(config.train_text_encoder)
 
     def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
@@ -149,8 +149,8 @@ class DiffusionTrainer(Trainer):
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         if not hasattr(self, "encode_video"):
             vae = load_vae(find_model_file(self.folder, VAE_FILES), device=self.device, dtype=dtype)
-            self.encode_video = torch.compile(vae.encode, dynamic=False) if config.compile else vae.encode
-            self.painter = Painter(compiled=config.compile)
+            self.encode_video = vae.encode
+            self.painter = Painter()
         return PuppetLatents(
             lambda pixels: self.encode_video(pixels.transpose(1, 2).to(dtype)).transpose(1, 2),
             seed=config.seed,

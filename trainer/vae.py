@@ -15,11 +15,12 @@ from utils.distributed import SampleRngs
 from wan.modules.vae import WanVAE
 from wan.modules.weights import save_safetensors
 from world.puppet import sample_scenes
-from world.render import paint, render
+from world.render import Painter, render
 
 logger = logging.getLogger(__name__)
 
-STATISTICS_CLIPS = 256  # clips that the latents' mean and deviation are measured on
+STATISTICS_CLIPS = 128  # clips that the latents' mean and deviation are measured on
+CLIPS_AT_ONCE = 4  # whole videos encoded at a time when measuring
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class VAETrainer(Trainer):
         for parameter in self.vae.parameters():
             if parameter.dim() == 5:  # the layout that the VAE gives its activations
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-        self.painter = torch.compile(paint, dynamic=False) if self.config.compile else paint
-        self.losses = torch.compile(self._losses, dynamic=False) if self.config.compile else self._losses
+        self.painter = Painter()
+        self.compiled_losses = torch.compile(self._losses, dynamic=False) if self.config.compile else self._losses
         self.eval_clips: Clips | None = None
+        self.num_video_frames = 1 + self.vae.temporal_stride * (self.config.num_training_frames - 1)
         return [Player("vae", self.vae, self.loss)]
 
     def prepare(self, rngs: SampleRngs) -> Clips:
@@ -57,11 +59,12 @@ class VAETrainer(Trainer):
         return self.render(len(rngs.samples), num_frames, first)
 
     @torch.no_grad()
-    def render(self, num_clips: int, num_frames: int, first: int, split: str = "train") -> Clips:
+    def render(self, num_clips: int, num_frames: int, first: int, *, split: str = "train", painter=None) -> Clips:
         """Clips of scenes first, first + 1, ... of this run's seed."""
+        painter = painter or self.painter
         with torch.autocast(self.device.type, enabled=False):
             scenes = sample_scenes(num_clips, self.config.seed, split, start=first, device=self.device)
-            video, mask = render(scenes, num_frames, size=self.config.height, return_mask=True, painter=self.painter)
+            video, mask = render(scenes, num_frames, size=self.config.height, return_mask=True, painter=painter)
         return Clips(video.transpose(1, 2), mask.transpose(1, 2))
 
     def loss(self, clips: Clips, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,7 +72,9 @@ class VAETrainer(Trainer):
         latent_frames = (clips.video.shape[2] - 1) // self.vae.temporal_stride + 1
         height, width = clips.video.shape[3] // stride, clips.video.shape[4] // stride
         noise = rngs.randn(self.config.vae.z_dim, latent_frames, height, width)
-        terms = self.losses(clips.video, clips.mask, noise)
+        # The tail runs eagerly: compiling its shape too would take longer than it saves.
+        losses = self.compiled_losses if clips.video.shape[2] == self.config.data.num_frames else self._losses
+        terms = losses(clips.video, clips.mask, noise)
         weights = self.config.vae
         total = (
             weights.l1_weight * terms["l1"]
@@ -100,12 +105,12 @@ class VAETrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Tensor]:
-        """PSNR of the round trip on held-out clips: all pixels, puppet and prop only, first against last quarter."""
+        """PSNR of the round trip on whole held-out videos: all pixels, puppet and prop only, first and last quarter."""
         if self.eval_clips is None:
-            frames = self.config.data.tail_num_frames
-            self.eval_clips = self.render(self.config.data.num_eval_clips, frames, 0, split="heldout")
+            clips = self.config.data.num_eval_clips
+            self.eval_clips = self.render(clips, self.num_video_frames, 0, split="heldout", painter=Painter())
         errors = []
-        for video in self.eval_clips.video.split(self.config.batch_size):
+        for video in self.eval_clips.video.split(CLIPS_AT_ONCE):
             with self.autocast():
                 decoded = self.vae.decode(self.vae.encode(video)).float().clamp(-1, 1)
             errors.append((decoded - video).square())
@@ -128,11 +133,10 @@ class VAETrainer(Trainer):
 
     @torch.no_grad()
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the posterior's mean, per latent channel, over fresh clips of the tail's length."""
-        chunk = self.config.batch_size
+        """Mean and deviation of the posterior's mean, per latent channel, over whole videos."""
         count, first, second = 0, 0, 0
-        for start in range(0, max(chunk, min(STATISTICS_CLIPS, 16 * chunk)), chunk):
-            clips = self.render(chunk, self.config.data.tail_num_frames, start, split="heldout")
+        for start in range(0, STATISTICS_CLIPS, CLIPS_AT_ONCE):
+            clips = self.render(CLIPS_AT_ONCE, self.num_video_frames, start, painter=Painter())
             with self.autocast():
                 latents = self.vae.encode(clips.video).double()
             count += latents.numel() // latents.shape[1]

@@ -1,1 +1,4 @@
-"""What the floors above share. Downwards on this floor: wan_wrapper > conditioning, scheduler; everything else stands alone."""
+"""What the floors above share.
+
+Downwards on this floor: dataset > distributed; wan_wrapper > conditioning, scheduler; everything else stands alone.
+"""

@@ -75,7 +75,7 @@ def _pick_generator(path: Path, use_ema: bool) -> dict[str, Tensor]:
             return content[key]
     for key in order:  # safetensors cannot nest: "generator_ema.model.blocks.0..." stands for it
         flat = {name.removeprefix(f"{key}."): t for name, t in content.items() if name.startswith(f"{key}.")}
-        if flat and (key != "model" or len(flat) < len(content)):
+        if flat:
             return flat
     if use_ema:
         found = f"only {', '.join(nested)}" if nested else "bare weights"

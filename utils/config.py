@@ -77,9 +77,9 @@ class DataConfig:
 class VaeConfig:
     """Sizes and losses of a VAE trained from scratch (the generator's trainer ignores this section)."""
 
-    dim: int = 48
+    dim: int = 40
     z_dim: int = 16
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4])
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
     num_res_blocks: int = 1
     temporal_downsample: list[bool] = field(default_factory=lambda: [True, True])
     patch_size: int = 2  # pixels folded into channels before the first convolution

@@ -22,8 +22,8 @@ CLIPS_PER_RANK = 2**32  # scene numbers set aside for each rank
 class PuppetLatents:
     """A pool of encoded puppet clips that is renewed as training goes on.
 
-    Clip n of a rank is the same in every run of a seed. At step s the clips 0 .. min_fill + s * refresh_per_step - 1 have
-    been made (rounded up to whole chunks) and the newest pool_size of them are in the pool:
+    Clip n of a rank is the same in every run of a seed. At step s the clips 0 .. min_fill + s * refresh_per_step - 1
+    have been made (rounded up to whole chunks) and the newest pool_size of them are in the pool:
 
         step 0   [0 1 2 3 . . . .]      min_fill 4, pool_size 8, refresh_per_step 2
         step 1   [0 1 2 3 4 5 . .]
@@ -49,7 +49,7 @@ class PuppetLatents:
         painter: Painter | None = None,
         split: str = "train",
     ):
-        """encode: pixels [B, F_px, 3, size, size] in [-1, 1] -> latents [B, F, C, h, w]; size: pixels of a frame's side."""
+        """encode: pixels [B, F_px, 3, size, size] in [-1, 1] -> latents [B, F, C, h, w]; size: side of a frame."""
         if pool_size % chunk_size:
             raise ValueError(
                 f"data.pool_size {pool_size} is no multiple of data.encode_batch_size {chunk_size}; "
@@ -71,7 +71,7 @@ class PuppetLatents:
         return min((self.num_chunks - self.oldest_chunk) * self.chunk_size, self.pool_size)
 
     def fill(self, step: int, *, whole: bool = True) -> None:
-        """Make the clips that the pool of `step` holds (not whole: the newest min_fill of them); says how fast that was."""
+        """Make the clips that the pool of `step` holds (not whole: the newest min_fill of them); log the rate."""
         started = time.monotonic()
         wanted = self._chunks_at(step)
         held = self.pool_size // self.chunk_size if whole else self._chunks_at(0)
@@ -90,7 +90,7 @@ class PuppetLatents:
             self.num_chunks += 1
 
     def draw(self, step: int, samples: range) -> tuple[Tensor, list[str]]:
-        """Latents [B, F, C, h, w] and captions of the given samples of a step: any clip of the pool, any of its captions."""
+        """Latents [B, F, C, h, w] and captions of the given samples of a step: any clip, any of its captions."""
         rngs = [random.Random(mix_seed(self.seed, self.first_clip, step, i)) for i in samples]
         newest = self.num_chunks * self.chunk_size - 1
         clips = [(newest - rng.randrange(len(self))) % self.pool_size for rng in rngs]

@@ -19,12 +19,12 @@ from wan.configs import WAN_CONFIGS, WanConfig
 
 ALONE = Ranks(torch.device("cpu"))
 TOY = [
-    "trainer=diffusion", "model_name=toy", "from_scratch=true", "train_text_encoder=true", "sharding_strategy=no_shard",
-    "height=32", "width=32", "num_training_frames=6", "model_kwargs.local_attn_size=6", "batch_size=2",
+    "trainer=diffusion", "model_name=toy", "from_scratch=true", "train_text_encoder=true",
+    "sharding_strategy=no_shard", "height=32", "width=32", "num_training_frames=6", "model_kwargs.local_attn_size=6",
     "text_encoder.d_model=16", "text_encoder.num_layers=1", "text_encoder.num_heads=2", "text_encoder.d_kv=8",
-    "text_encoder.d_ff=16", "data.pool_size=8", "data.min_fill=4", "data.refresh_per_step=2", "data.encode_batch_size=2",
-    "optimizer.warmup_steps=1", "optimizer.schedule=constant", "logging.log_iters=1", "sampling_steps=2",
-    "noise_augmentation_max_timestep=100", "ema.weight=0.5",
+    "text_encoder.d_ff=16", "data.pool_size=8", "data.min_fill=4", "data.refresh_per_step=2",
+    "data.encode_batch_size=2", "batch_size=2", "optimizer.warmup_steps=1", "optimizer.schedule=constant",
+    "logging.log_iters=1", "sampling_steps=2", "noise_augmentation_max_timestep=100", "ema.weight=0.5",
 ]  # fmt: skip
 
 

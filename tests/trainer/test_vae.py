@@ -17,7 +17,7 @@ from wan.modules.vae import load_vae
 TINY = [
     "trainer=vae", "sharding_strategy=no_shard", "height=32", "width=32", "batch_size=2", "logging.log_iters=1",
     "vae.dim=4", "vae.z_dim=4", "vae.dim_mult=[1,1,2]", "data.num_frames=5", "data.tail_num_frames=9",
-    "data.num_eval_clips=2", "optimizer.warmup_steps=1", "optimizer.schedule=constant",
+    "data.num_eval_clips=2", "num_training_frames=3", "optimizer.warmup_steps=1", "optimizer.schedule=constant",
 ]  # fmt: skip
 
 
