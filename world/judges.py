@@ -117,8 +117,7 @@ class LookNet(nn.Module):
             nn.Conv2d(width, depth, 3, stride=2, padding=1),
             ResidualBlock(depth),
             nn.Conv2d(depth, depth, 3, stride=2, padding=1),
-            nn.GroupNorm(8, depth),
-            nn.SiLU(),
+            nn.SiLU(),  # no norm before it: a norm would take out the absolute colour
         )
         self.heads = nn.ModuleDict({name: nn.Linear(2 * depth, classes) for name, classes in LOOK_CLASSES.items()})
 
