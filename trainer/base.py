@@ -62,7 +62,7 @@ class Trainer(ABC):
         self.step = 0
         self.clock = 0.0  # seconds of the run on rank 0, resumed sessions included, as of the last look
         self.clock_before = 0.0  # of sessions before this one
-        self.next_look = 0
+        self.last_look = self.next_look = 0  # steps
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
@@ -175,7 +175,7 @@ class Trainer(ABC):
             return
         before = self.clock
         self.clock = broadcast_value(self.clock_before + time.monotonic() - self.started, self.ranks)
-        steps = max(1, self.step - self.last_look) if self.next_look else 1
+        steps = max(1, self.step - self.last_look)
         per_step = max(1e-3, (self.clock - before) / steps)
         self.last_look, self.next_look = self.step, self.step + max(1, int(CLOCK_SECONDS / per_step))
 

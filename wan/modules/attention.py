@@ -55,6 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     backend: "auto" takes flash-attn 3 or 2 where installed and the tensors are half precision on CUDA, else torch's
     scaled_dot_product_attention (cuDNN first on Hopper). "flash" insists, "sdpa" declines.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms leave them float32, which no half-precision kernel takes
     half_on_cuda = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     kernel = _flash_kernel() if backend == "flash" or (backend == "auto" and half_on_cuda) else None
     if kernel is not None:
@@ -72,7 +73,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     A flex BlockMask runs in compiled flex-attention; a dense bool [L, L] in SDPA, its twin for the CPU, where flex-attention
     has no backward.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))  # see attention()
     if isinstance(mask, Tensor):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
