@@ -31,7 +31,7 @@ NUM_SKINS = 6
 
 # Hz at normal speed. Times 1.4 (fast), and doubled where a cycle holds two beats (walk, dance), all stay below 1.2
 # Hz: the VAE sees one latent per four frames.
-ACTION_HZ = (0.80, 0.42, 0.58, 0.45, 0.42, 0.42, 0.30, 0.70, 0.48, 0.32)
+ACTION_HZ = (0.80, 0.42, 0.52, 0.45, 0.42, 0.42, 0.30, 0.70, 0.48, 0.32)
 SPEED_FACTORS = (0.7, 1.0, 1.4)
 
 JOINT_NAMES = (
@@ -438,19 +438,20 @@ def _act(scenes: Scenes, turns: Tensor) -> dict[str, Tensor]:
         elbow_other=-0.45 * facing,
     )
 
-    flight = ((cycle - 0.42) / 0.36).clamp(0, 1)
-    air = 4 * flight * (1 - flight)
-    gather = (cycle / 0.42).clamp(0, 1) * math.pi
+    gather = (cycle / 0.38).clamp(0, 1) * math.pi
+    flight = ((cycle - 0.36) / 0.44).clamp(0, 1)
     landing = ((cycle - 0.78) / 0.22).clamp(0, 1) * math.pi
+    air = 4 * flight * (1 - flight)
+    swing_up = (1 - (angle - 0.16 * math.pi).cos()) / 2  # arms follow softly: a parabola's end is too sudden
     jump = saying(
         hop=_HOP * air,
-        crouch=0.34 * gather.sin() ** 2 + 0.20 * landing.sin() ** 2,
-        arm_lead=0.35 + 1.75 * air - 0.25 * gather.sin() ** 2,
-        arm_other=0.35 + 1.75 * air - 0.25 * gather.sin() ** 2,
-        elbow_lead=0.15 + 0.3 * air,
-        elbow_other=0.15 + 0.3 * air,
-        lift_lead=5.0 * air,
-        lift_other=5.0 * air,
+        crouch=0.34 * gather.sin() ** 2 + 0.18 * landing.sin() ** 2,
+        arm_lead=0.20 + 1.45 * swing_up,
+        arm_other=0.20 + 1.45 * swing_up,
+        elbow_lead=0.15 + 0.3 * swing_up,
+        elbow_other=0.15 + 0.3 * swing_up,
+        lift_lead=4.0 * air,
+        lift_other=4.0 * air,
     )
 
     squat = saying(
