@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,9 +122,7 @@ class Trainer(ABC):
                 self.save()
                 saved = self.clock
         if save and self.ranks.is_main:
-            with self.averaged_weights():
-                self.export(self.run_dir / "export")
-            logger.info("exported to %s", self.run_dir / "export")
+            self.export_averages(self.run_dir / "export")
         barrier(self.ranks)
 
     def train_step(self) -> dict[str, Tensor]:
@@ -235,8 +234,14 @@ class Trainer(ABC):
             numbers = self.tracker.log({f"eval/{name}": value for name, value in metrics.items()}, self.step)
             logger.info("step %d  %s", self.step, "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
 
+    def export_averages(self, folder: Path) -> None:
+        """Hand the averaged weights over to inference."""
+        with self.averaged_weights():
+            self.export(folder)
+        logger.info("exported to %s", folder)
+
     @contextlib.contextmanager
-    def averaged_weights(self):
+    def averaged_weights(self) -> Iterator[None]:
         """Every player's module speaks with its EMA inside."""
         with contextlib.ExitStack() as stack:
             for player in self.players:

@@ -14,7 +14,7 @@ from model.diffusion import CausalDiffusion
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
 from trainer.base import Trainer
-from utils.checkpoint import load_generator
+from utils.checkpoint import has_training_state, load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import PuppetLatents
@@ -91,10 +91,12 @@ class DiffusionTrainer(Trainer):
         config, data = self.config, self.config.data
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(self.model_config.to_json(), encoding="utf-8")
-        vae = find_model_file(data.vae_folder or find_model_folder(config.model_name), VAE_FILES)
-        for file in (vae, vae.with_suffix(".json")):
-            if file.is_file():
-                shutil.copyfile(file, self.folder / file.name)
+        resuming = has_training_state(self.run_dir)  # then latents and tokens must go on meaning what they meant
+        if not (resuming and any((self.folder / name).is_file() for name in VAE_FILES)):
+            vae = find_model_file(data.vae_folder or find_model_folder(config.model_name), VAE_FILES)
+            for file in (vae, vae.with_suffix(".json")):
+                if file.is_file():
+                    shutil.copyfile(file, self.folder / file.name)
         tokenizer = self.folder / TOKENIZER_FOLDERS[0]
         if tokenizer.is_dir():
             return
@@ -232,6 +234,8 @@ class DiffusionTrainer(Trainer):
 
     def export(self, folder: Path) -> None:
         """The rest of the model folder, in bfloat16 and under Wan's names."""
+        if folder.resolve() != self.folder.resolve():
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         self.generator.model.save_pretrained(folder, torch.bfloat16)
         if self.config.train_text_encoder:
             save_umt5(self.text_encoder, folder / TEXT_ENCODER_FILES[-1], torch.bfloat16)

@@ -125,6 +125,11 @@ def save_training_state(
     return final
 
 
+def has_training_state(run_dir: str | Path) -> bool:
+    """Whether a run folder holds a whole state to resume from."""
+    return bool(_state_folders(run_dir))
+
+
 def load_training_state(run_dir: str | Path) -> TrainingState | None:
     """The newest whole state of a run, on the CPU; None when there is none."""
     folders = _state_folders(run_dir)

@@ -1,0 +1,97 @@
+"""train.py and scripts/export_model.py: the doors, on the smallest VAE and transformer there are."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from utils.checkpoint import load_generator
+from utils.config import load_config
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
+from wan.configs import WAN_CONFIGS, WanConfig
+from wan.modules.vae import load_vae
+
+ROOT = Path(__file__).resolve().parents[1]
+VAE = ["vae.dim=4", "vae.z_dim=4", "vae.dim_mult=[1,1,2]", "height=32", "width=32", "batch_size=2", "max_steps=2"]
+VAE += ["data.num_frames=5", "data.tail_num_frames=5", "num_training_frames=3", "compile=false", "max_seconds=null"]
+DIT = ["model_name=toy", "height=32", "width=32", "batch_size=2", "max_steps=2", "max_seconds=null", "compile=false"]
+DIT += ["data.pool_size=4", "data.min_fill=4", "data.encode_batch_size=2", "num_training_frames=3", "seed=4"]
+DIT += ["text_encoder.d_model=16", "text_encoder.num_layers=1", "text_encoder.num_heads=2", "text_encoder.d_kv=8"]
+
+
+@pytest.fixture(autouse=True)
+def toy_sizes(monkeypatch):
+    sizes = {"dim": 16, "ffn_dim": 32, "num_heads": 2, "num_layers": 1, "in_dim": 4, "out_dim": 4, "freq_dim": 16}
+    monkeypatch.setitem(WAN_CONFIGS, "toy", WanConfig(**sizes, text_dim=16, text_len=24))
+    monkeypatch.setattr("trainer.vae.STATISTICS_CLIPS", 2)
+
+
+def export_main(arguments: list[str]) -> int:
+    spec = importlib.util.spec_from_file_location("export_model", ROOT / "scripts" / "export_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(arguments)
+
+
+def run(config: str, logdir: Path, *more: str) -> int:
+    return train.main(["--config_path", f"configs/{config}.yaml", "--logdir", str(logdir), "--no_visualize", *more])
+
+
+def test_from_nothing_to_a_model_folder(tmp_path: Path, capsys):
+    vae, dit = tmp_path / "vae", tmp_path / "dit"
+    assert run("puppet_vae", vae, *VAE) == 0
+    assert run("puppet_diffusion", dit, *DIT, f"data.vae_folder={vae / 'export'}") == 0
+    assert load_config(dit / "config.yaml").seed == 4
+
+    assert export_main([str(dit), str(tmp_path / "model")]) == 0
+    assert export_main([str(dit), str(tmp_path / "model.pt")]) == 0
+    assert export_main([str(dit), str(tmp_path / "model.safetensors")]) == 0
+    assert "step 2 of" in capsys.readouterr().out
+    in_folder = WanDiffusionWrapper(str(tmp_path / "model"), is_causal=True, dtype=torch.float32).state_dict()
+    for name in ("model.pt", "model.safetensors"):
+        wrapper = WanDiffusionWrapper("toy", True, from_scratch=True, model_config=WAN_CONFIGS["toy"])
+        load_generator(wrapper, tmp_path / name, use_ema=True)
+        own = wrapper.state_dict()
+        assert all(torch.allclose(own[key], in_folder[key], rtol=0.01, atol=1e-3) for key in own)
+    assert WanTextEncoder(str(tmp_path / "model"))(["a puppet"]).shape == (1, 24, 16)
+    load_vae(tmp_path / "model" / "Wan2.1_VAE.safetensors")
+
+
+def test_running_again_resumes(tmp_path: Path):
+    assert run("puppet_vae", tmp_path, *VAE) == 0
+    assert run("puppet_vae", tmp_path, *VAE, "max_steps=3") == 0
+    assert [path.name for path in (tmp_path / "training_state").iterdir()] == ["step_00000003"]
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(tmp_path: Path, capsys):
+    assert run("puppet_vae", tmp_path / "run", "--dry_run", "optimizer.lr=0.125") == 0
+    assert "lr: 0.125" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_save(tmp_path: Path):
+    assert run("puppet_vae", tmp_path, *VAE, "--no_save", "--disable-wandb", "logging.wandb=true") == 0
+    assert not (tmp_path / "training_state").exists()
+    assert (tmp_path / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--config_path", "configs/self_forcing_dmd.yaml"],
+            "trainer 'score_distillation' is not part of this version",
+        ),
+        (["--config_path", "configs/none.yaml"], "no such file"),
+        (["--config_path", "configs/puppet_vae.yaml", "bach_size=2"], "did you mean 'batch_size'?"),
+        (["--config_path", "configs/puppet_vae.yaml", *VAE, "total_batch_size=3"], "no multiple of batch_size"),
+        (["--config_path", "configs/puppet_diffusion.yaml", *DIT, "data.vae_folder=nowhere"], "nowhere holds none of"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: Path, capsys):
+    assert train.main([*arguments, "--logdir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

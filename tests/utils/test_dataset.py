@@ -1,0 +1,84 @@
+"""utils/dataset.py: the pool is what its picture says, and a resumed run finds it again."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from utils.dataset import PuppetLatents
+from world.captions import claims
+from world.puppet import sample_scenes
+
+CPU = torch.device("cpu")
+
+
+def small_encode(pixels: Tensor) -> Tensor:
+    """Every fourth frame, coarsely: [B, F, 3, 4, 4]."""
+    return pixels[:, ::4, :, ::4, ::4]
+
+
+def make_pool(**options) -> PuppetLatents:
+    settings = {"seed": 1, "rank": 0, "num_latent_frames": 2, "size": 16, "pool_size": 8, "min_fill": 4}
+    settings |= {"refresh_per_step": 2, "chunk_size": 2, "device": CPU, "dtype": torch.float32}
+    return PuppetLatents(small_encode, **(settings | options))
+
+
+def test_it_grows_then_renews_the_oldest():
+    pool = make_pool()
+    pool.fill(0)
+    assert len(pool) == 4
+    first = pool.latents[:2].clone()
+    pool.advance(2)
+    assert len(pool) == 8
+    assert torch.equal(pool.latents[:2], first)
+    pool.advance(3)
+    assert len(pool) == 8
+    assert not torch.equal(pool.latents[:2], first)
+
+
+def test_a_resumed_run_finds_the_same_pool_and_draws():
+    walked, resumed = make_pool(), make_pool()
+    walked.fill(0)
+    for step in range(1, 8):
+        walked.advance(step)
+    resumed.fill(7)
+    assert torch.equal(walked.latents, resumed.latents)
+    assert walked.captions == resumed.captions
+    latents, prompts = walked.draw(7, range(6))
+    again, same_prompts = resumed.draw(7, range(3, 6))
+    assert torch.equal(latents[3:], again)
+    assert prompts[3:] == same_prompts
+
+
+def test_a_compact_resume_makes_only_the_minimum():
+    pool = make_pool()
+    pool.fill(7, whole=False)
+    assert len(pool) == 4
+    latents, prompts = pool.draw(7, range(20))
+    assert latents.abs().sum(dim=(1, 2, 3, 4)).min() > 0  # never an empty place
+    assert all(prompts)
+
+
+def test_ranks_and_splits_see_different_clips():
+    pools = [make_pool(), make_pool(rank=1), make_pool(split="heldout"), make_pool(seed=2)]
+    for pool in pools:
+        pool.fill(0)
+    assert len({float(pool.latents[:4].sum()) for pool in pools}) == 4
+
+
+def test_captions_belong_to_their_clips():
+    pool = make_pool(pool_size=4)
+    pool.fill(0)
+    scenes = sample_scenes(4, 1)
+    for place, variants in enumerate(pool.captions):
+        assert len(set(variants)) > 1
+        for action in {claims(caption).get("action") for caption in variants} - {None}:
+            from world.puppet import ACTIONS
+
+            assert action == ACTIONS[int(scenes.action[place])]
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="use 6"):
+        make_pool(pool_size=7)
+    with pytest.raises(ValueError, match="between 1 and"):
+        make_pool(min_fill=9)
