@@ -42,7 +42,7 @@ def train(
     device: torch.device | str,
     amp: bool = False,
     clips: int = 32,
-    frames_per_clip: int = 8,
+    stills: int = 256,
     learning_rate: float = 2e-3,
     compile_renderer: bool = False,
     round_trip: Callable[[Tensor], Tensor] | None = None,
@@ -80,7 +80,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warmup * (0.01 + 0.99 * decay)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        losses = _losses(judges, clips, frames_per_clip, device, amp, painter, round_trip, generator)
+        losses = _losses(judges, clips, stills, device, amp, painter, round_trip, generator)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(judges.parameters(), 5.0)
@@ -100,13 +100,12 @@ def train(
     return judges.eval()
 
 
-def _losses(judges, clips, frames_per_clip, device, amp, painter, round_trip, generator) -> dict[str, Tensor]:
+def _losses(judges, clips, stills, device, amp, painter, round_trip, generator) -> dict[str, Tensor]:
     """One batch: every network gets its loss; they share renders but no weights."""
     seed = int(torch.randint(1 << 40, (1,), generator=generator))
-    # Judges may see every combination: they measure, they are not measured. Held-out motions stay unseen.
-    scenes = sample_scenes(clips, seed, device=device)
     start = int(torch.randint(2000, (1,), generator=generator))
     frames = start + TRACK_STRIDE * torch.arange(CLIP_FRAMES, device=device)
+    scenes = sample_scenes(clips, seed, device=device)
     with torch.no_grad():
         video = render(scenes, CLIP_FRAMES, start, frame_stride=TRACK_STRIDE, painter=painter)
         if round_trip is not None:
@@ -115,27 +114,34 @@ def _losses(judges, clips, frames_per_clip, device, amp, painter, round_trip, ge
         truth = joints(scenes, frames)[..., :2]
         video, quality = degrade(video)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
-    targets = _targets(scenes)
     losses = {}
 
-    first = int(torch.randint(CLIP_FRAMES - WINDOW + 1, (1,), generator=generator))
-    picked = torch.randperm(CLIP_FRAMES, generator=generator)[:frames_per_clip].to(device)
-    stills = video[:, picked]
+    # Single frames: each of another scene, and some of the clips', which may have been through the VAE.
+    many = sample_scenes(stills, seed + 1, device=device)
+    with torch.no_grad():
+        alone, _ = degrade(render(many, 1, start, painter=painter))
+        picked = torch.randint(CLIP_FRAMES, (clips,), generator=generator).to(device)
+        rows = torch.arange(clips, device=device)
+        seen = torch.cat([alone[:, 0], video[rows, picked]])
+        wanted = torch.cat([joints(many, frames[:1])[:, 0, :, :2], truth[rows, picked]])
     with autocast:
-        heatmaps = judges.keypoints(stills.flatten(0, 1))
-        look = judges.look(stills.flatten(0, 1))
-        window = judges.video(video[:, first : first + WINDOW])
-    wanted = truth[:, picked].flatten(0, 1)
+        heatmaps = judges.keypoints(seen)
+        look = judges.look(seen)
     losses["heat"] = heatmap_loss(heatmaps, wanted)
     losses["keypoints"] = F.smooth_l1_loss(expected_joints(heatmaps), wanted, beta=0.5) * 0.2
-    repeated = {name: target.repeat_interleave(stills.shape[1]) for name, target in targets.items()}
-    losses["look"] = _classification(look, repeated, LOOK_CLASSES)
+    targets, others = _targets(scenes), _targets(many)
+    both = {name: torch.cat([others[name], targets[name]]) for name in LOOK_CLASSES}
+    losses["look"] = _classification(look, both, LOOK_CLASSES)
+
+    first = int(torch.randint(CLIP_FRAMES - WINDOW + 1, (1,), generator=generator))
+    with autocast:
+        window = judges.video(video[:, first : first + WINDOW])
     losses["video"] = 0.3 * _classification(window, targets, VIDEO_CLASSES)
     middle = (truth[:, first + WINDOW // 2] / CANVAS * 4 - 2).flatten(1)
     losses["geometry"] = F.smooth_l1_loss(window["joints"], middle) + F.mse_loss(window["quality"], quality)
 
     # The action network lives on tracks: cheap ones with made-up errors, and the keypoint network's own.
-    many = sample_scenes(8 * clips, seed + 1, device=device)
+    many = sample_scenes(8 * clips, seed + 2, device=device)
     length = int(torch.randint(WINDOW, CLIP_FRAMES + 1, (1,), generator=generator))
     tracks = _unsteady(joints(many, frames[:length])[..., :2])
     # Half a clip may hold no bow: short tracks are taught less.
@@ -234,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--clips", type=int, default=32, help="clips per step")
-    parser.add_argument("--frames_per_clip", type=int, default=8, help="single frames per clip and step")
+    parser.add_argument("--stills", type=int, default=256, help="single frames of other scenes per step")
     parser.add_argument("--compile", action="store_true", help="compile the renderer (about half a minute first)")
     parser.add_argument("--num_validation_clips", type=int, default=256)
     args = parser.parse_args(argv)
@@ -245,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         device=args.device,
         amp=args.amp,
         clips=args.clips,
-        frames_per_clip=args.frames_per_clip,
+        stills=args.stills,
         compile_renderer=args.compile,
     )
     for name, value in validate(judges, num_clips=args.num_validation_clips, device=args.device).items():

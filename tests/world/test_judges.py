@@ -83,7 +83,7 @@ def test_degrading_keeps_range_and_tells_what_it_did():
 
 
 def test_training_takes_steps_saves_and_resumes(tmp_path, caplog):
-    options = {"device": "cpu", "clips": 1, "frames_per_clip": 1}
+    options = {"device": "cpu", "clips": 1, "stills": 2}
     train(tmp_path, seconds=0.1, round_trip=lambda video: video, **options)
     first = load_judges(tmp_path)
     with caplog.at_level(logging.INFO):
