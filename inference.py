@@ -215,11 +215,11 @@ def make_videos(
                 failures.append(f"{request.prompt.name[:60]!r}: {error}")
                 continue
             seconds = time.perf_counter() - began
-            record(folder, describe(request, config, writer.num_frames, seconds))
+            record(folder, describe(request, config, writer, seconds))
     return failures
 
 
-def describe(request: Request, config: Config, num_frames: int, seconds: float) -> dict:
+def describe(request: Request, config: Config, writer: VideoWriter, seconds: float) -> dict:
     """The line of metadata.jsonl that lets a video be made again."""
     prompt = request.prompt
     return {
@@ -234,12 +234,13 @@ def describe(request: Request, config: Config, num_frames: int, seconds: float) 
         "model": config.model_name,
         "checkpoint": config.generator_ckpt,
         "use_ema": config.use_ema,
-        "num_frames": num_frames,
+        "num_frames": writer.num_frames,
+        "fingerprint": writer.fingerprint,
         "fps": config.fps,
         "height": config.height,
         "width": config.width,
         "seconds": round(seconds, 3),
-        "frames_per_second": round(num_frames / seconds, 2),
+        "frames_per_second": round(writer.num_frames / seconds, 2),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

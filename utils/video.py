@@ -47,12 +47,14 @@ class VideoWriter:
 
     Until the `with` ends, frames go to a hidden file beside the target; an exception inside removes that file and
     leaves whatever stood under `path` before. `crf` is x264's quality scale: 18 is visually lossless, more is smaller.
+    `fingerprint` is a hash of the pixels as they came in: x264 itself does not always make the same bytes of them.
     """
 
     def __init__(self, path: str | Path, fps: float = 16, *, crf: int = 18, preset: str = "veryfast"):
         self.path = Path(path)
         self.fps = Fraction(fps).limit_denominator(1001)
         self.num_frames = 0
+        self._pixels = hashlib.sha256()
         self._options = {"crf": str(crf), "preset": preset}
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
         self._container = None
@@ -67,6 +69,10 @@ class VideoWriter:
         else:
             self.discard()
 
+    @property
+    def fingerprint(self) -> str:
+        return self._pixels.hexdigest()[:16]
+
     def append(self, frames: Tensor) -> None:
         """Encode more frames, `[f, 3, H, W]` or `[f, H, W, 3]` in [0, 1]; all blocks have one size."""
         av = _import_av()
@@ -78,6 +84,7 @@ class VideoWriter:
             raise ValueError(
                 f"{self.path}: frames of {height}x{width} after {self._stream.height}x{self._stream.width}"
             )
+        self._pixels.update(pixels)
         for image in pixels:
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
