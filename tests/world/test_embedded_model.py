@@ -25,7 +25,8 @@ def arguments(tiny_model_folder, tmp_path):
     torch.manual_seed(0)
     save_judges(Judges(), tmp_path / "judges")
     return [
-        "--device", "cpu", "--threads", "1", "--judges", str(tmp_path / "judges"), "--out", str(tmp_path / "figures.json"),
+        "--device", "cpu", "--threads", "1", "--judges", str(tmp_path / "judges"),
+        "--out", str(tmp_path / "figures.json"),
         "--num_prompts", "2", "--num_streams", "0", "--num_gate_clips", "1", "--batch_size", "2", "--num_latents", "12",
         "--sheets", str(tmp_path / "docs"), "--set", f"model_name={tiny_model_folder}", "sampling_steps=1",
     ]  # fmt: skip
