@@ -50,8 +50,8 @@ def train(
 ) -> Judges:
     """Train for `seconds` in all (the time of earlier, resumed runs counts) and write DIR/judges.safetensors.
 
-    round_trip: video [B, T, 3, 128, 128] in [-1, 1] -> the same through a VAE; a quarter of the clips then take that
-    way.
+    round_trip: video [B, 81, 3, 128, 128] in [-1, 1] -> the same through a VAE; a quarter of the clips then take
+    that way.
     """
     device = torch.device(device)
     judges = Judges().to(device)
@@ -109,8 +109,9 @@ def _losses(judges, clips, stills, device, amp, painter, round_trip, generator) 
     with torch.no_grad():
         video = render(scenes, CLIP_FRAMES, start, frame_stride=TRACK_STRIDE, painter=painter)
         if round_trip is not None:
-            quarter = max(1, clips // 4)
-            video[:quarter] = round_trip(video[:quarter])[:, :CLIP_FRAMES]
+            few = scenes.select(slice(0, max(1, clips // 4)))
+            whole = render(few, 1 + TRACK_STRIDE * (CLIP_FRAMES - 1), start, painter=painter)
+            video[: len(few)] = round_trip(whole)[:, ::TRACK_STRIDE]
         truth = joints(scenes, frames)[..., :2]
         video, quality = degrade(video)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
