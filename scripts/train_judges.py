@@ -2,7 +2,7 @@
 
     python scripts/train_judges.py --vae_folder wan_models/puppet-tiny --out world/weights --seconds 160
 
-`python -m world.train_judges` is the same without a VAE. Run on the same --out with more seconds, it goes on from there.
+`python -m world.train_judges` is the same without a VAE. Run again with more seconds, it goes on from its last state.
 """
 
 import argparse
