@@ -29,6 +29,7 @@ from tqdm import tqdm
 from utils.config import Config, config_hash, dump, load_config
 from utils.distributed import resolve_device
 from utils.errors import plain_errors
+from utils.memory import MemoryPlan, plan_inference
 from utils.prompts import Prompt, read_image_prompts, read_prompts, video_seed
 from utils.video import VideoWriter, contact_sheet, load_image, read_video, resize_cover, safe_name
 
@@ -47,6 +48,13 @@ class Request:
     sample: int
     seed: int
     path: Path
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,9 +76,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="twin of --data_path: its lines steer, those of --data_path name files",
     )
-    add("--first", type=int, metavar="N", help="only the first N prompts")
+    add("--first", type=positive, metavar="N", help="only the first N prompts")
     add("--num_output_frames", type=int, help="latent frames of each video: n make 1 + 4 (n - 1) pictures")
-    add("--num_samples", type=int, default=1, help="videos per prompt, each with its own seed (default: 1)")
+    add("--num_samples", type=positive, default=1, help="videos per prompt, each with its own seed (default: 1)")
     add("--seed", type=int, help="with prompt and sample number it decides each video's noise (default: 0)")
     visual = parser.add_mutually_exclusive_group()
     visual.add_argument("--i2v", action="store_true", help="image to video: --data_path holds images with captions")
@@ -169,21 +177,16 @@ def read_video_to_extend(path: Path, config: Config) -> Tensor:
     return resize_cover(frames, config.height, config.width).mul(2).sub(1)[None]
 
 
-def count_latents(config: Config, num_given: int) -> int:
-    """Latent frames of a video that begins with `num_given` of them: as many blocks are made as without."""
-    if num_given:
-        return num_given + config.num_output_frames - int(config.independent_first_frame)
-    return config.num_output_frames
+def make_video(pipeline, request: Request, config: Config, num_frames: int, start: Tensor | None) -> Iterator[Tensor]:
+    """Pixels of one video, `[f, 3, H, W]` in [0, 1], block by block.
 
-
-def make_video(pipeline, request: Request, config: Config, start: Tensor | None) -> Iterator[Tensor]:
-    """Pixels of one video, `[f, 3, H, W]` in [0, 1], block by block; the walk begins after the frames in `start`."""
-    initial_latent = None if start is None else pipeline.vae.encode_to_latent(start)
+    start: what the video begins with, `[1, 1 + 4 n, 3, H, W]` in [-1, 1]; num_frames: latents in all, its own included.
+    """
     for pixels in pipeline.stream(
         text_prompts=[request.prompt.text],
-        initial_latent=initial_latent,
+        initial_latent=None if start is None else pipeline.vae.encode_to_latent(start),
         seeds=[request.seed],
-        num_frames=count_latents(config, 0 if start is None else initial_latent.shape[1]),
+        num_frames=num_frames,
         height=config.height,
         width=config.width,
     ):
@@ -191,15 +194,11 @@ def make_video(pipeline, request: Request, config: Config, start: Tensor | None)
 
 
 def make_videos(
-    pipeline, requests: Sequence[Request], folder: Path, config: Config, to_extend: Tensor | None = None
+    pipeline, requests: Sequence[Request], folder: Path, config: Config, num_frames: int, to_extend: Tensor | None
 ) -> list[str]:
-    """Write every requested video; returns one sentence for each that could not be made."""
+    """Write every requested video of num_frames latents; returns one sentence for each that could not be made."""
     failures = []
-    num_given = 0 if to_extend is None else 1 + (to_extend.shape[1] - 1) // 4
-    if requests and requests[0].prompt.image is not None:
-        num_given = 1
-    num_pictures = 1 + 4 * (count_latents(config, num_given) - 1)
-    with tqdm(total=num_pictures * len(requests), unit="frame", disable=not requests) as bar:
+    with tqdm(total=(1 + 4 * (num_frames - 1)) * len(requests), unit="frame") as bar:
         for number, request in enumerate(requests, start=1):
             bar.set_description(f"video {number}/{len(requests)}")
             began = time.perf_counter()
@@ -208,7 +207,7 @@ def make_videos(
                 if request.prompt.image is not None:
                     start = load_image(request.prompt.image, config.height, config.width)[None, None]
                 with VideoWriter(request.path, config.fps) as writer:
-                    for frames in make_video(pipeline, request, config, start):
+                    for frames in make_video(pipeline, request, config, num_frames, start):
                         writer.append(frames)
                         bar.update(len(frames))
             except ValueError as error:  # this prompt's fault; the others can still be made
@@ -264,6 +263,27 @@ def load_pipeline(config: Config, device: torch.device):
     return build_pipeline(config, device)
 
 
+def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
+    """What the pipeline, loaded, will hold while it makes `num_frames` latents."""
+    guided = config.denoising_step_list is None and config.guidance_scale != 1
+    return plan_inference(
+        pipeline.generator.model.config,
+        height=config.height,
+        width=config.width,
+        num_frames=num_frames,
+        dtype=pipeline.generator.model.dtype,
+        num_paths=(2 if guided else 1) if config.causal else 0,  # a bidirectional model keeps no cache
+        local_attn_size=config.model_kwargs.local_attn_size if config.causal else -1,
+        num_frame_per_block=config.num_frame_per_block if config.causal else num_frames,
+        text_encoder=pipeline.text_encoder.model,
+        offload_text_encoder=pipeline.text_encoder.offload,
+        vae=pipeline.vae.model,
+        vae_dim=pipeline.vae.model.decoder.head[-1].in_channels,
+        vae_patch_size=pipeline.vae.model.patch_size,
+        latents_per_chunk=pipeline.vae.latents_per_chunk,
+    )
+
+
 @plain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
@@ -285,7 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = []
     if missing:
         to_extend = read_video_to_extend(arguments.extend, config) if arguments.extend else None
-        failures = make_videos(load_pipeline(config, device), missing, arguments.output_folder, config, to_extend)
+        pipeline = load_pipeline(config, device)
+        num_frames = config.num_output_frames
+        if arguments.i2v or arguments.extend:  # as many blocks as without, after what is given
+            num_given = 1 if arguments.i2v else 1 + (to_extend.shape[1] - 1) // 4
+            num_frames += num_given - int(config.independent_first_frame)
+        plan = plan_memory(pipeline, config, num_frames)
+        logger.info("memory on %s: %s", device, plan)
+        plan.check(device)
+        failures = make_videos(pipeline, missing, arguments.output_folder, config, num_frames, to_extend)
     sheet = draw_contact_sheet(arguments.output_folder, requests)
     if rank == 0:
         print(

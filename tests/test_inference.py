@@ -174,11 +174,11 @@ def test_a_damaged_image_does_not_lose_the_others(run, tmp_path, capsys):
 def test_ctrl_c_keeps_what_is_finished(run, prompts, monkeypatch):
     whole = inference.make_video
 
-    def interrupted(pipeline, request, config, start):
+    def interrupted(pipeline, request, *rest):
         if request.prompt.text == "a blue puppet jumps":
             yield torch.rand(4, 3, 32, 32)
             raise KeyboardInterrupt
-        yield from whole(pipeline, request, config, start)
+        yield from whole(pipeline, request, *rest)
 
     monkeypatch.setattr(inference, "make_video", interrupted)
     folder = run("--data_path", str(prompts), code=130)

@@ -27,6 +27,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def user_message(error: BaseException) -> str | None:
     """The sentence to show for a person's mistake; None for an error of the program."""
+    if isinstance(error, MemoryError) and error.args:  # ours, with the way out
+        return f"not enough memory: {error}"
     if is_out_of_memory(error):
         needs = str(error).strip().split("\n")[0] or "an allocation failed"
         return (

@@ -1,5 +1,6 @@
 """What inference will take before it takes it, and where weights wait when they are not needed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,14 +30,18 @@ class MemoryPlan:
         return f"{parts}; while {phase} {self.phases[phase] / 1e9:.2f} GB: peak {self.peak / 1e9:.2f} GB"
 
     def check(self, device: torch.device) -> None:
-        """Raise MemoryError with the way out when the GPU has less free memory than the peak."""
-        if device.type != "cuda":
+        """Raise MemoryError with the way out when the peak is more than a GPU has free, or more than a machine has."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device)
+        elif device.type == "cpu" and hasattr(os, "sysconf"):
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        else:
             return
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device)
         if self.peak > free:
+            there = "free on" if device.type == "cuda" else "in all on"
             raise MemoryError(
-                f"about {self.peak / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on {device} ({self}); "
+                f"about {self.peak / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are {there} {device} ({self}); "
                 "use a smaller height and width, or a window (model_kwargs.local_attn_size)"
             )
 

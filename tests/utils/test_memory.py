@@ -38,7 +38,7 @@ def test_an_offloaded_text_encoder_counts_only_while_it_reads():
     stays, leaves = (plan_inference(SMALL, **options, offload_text_encoder=offload) for offload in (False, True))
     assert stays.resident["text encoder"] == leaves.phases["reading the prompt"] == module_bytes(encoder) // 2
     assert leaves.peak < stays.peak
-    leaves.check(CPU)  # nothing to check on a CPU
+    leaves.check(CPU)  # a few MB: every machine has them
 
 
 def test_endless_streams_need_a_window():
