@@ -35,6 +35,7 @@ from utils.video import VideoWriter, contact_sheet, load_image, read_video, resi
 
 DEFAULT_CONFIG = "configs/puppet_tiny.yaml"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "puppet_world.txt"
+TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # what torchrun sets, and what holds without it
 CONTACT_SHEET_ROWS, CONTACT_SHEET_COLUMNS = 16, 6
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,8 @@ def make_videos(
 ) -> list[str]:
     """Write every requested video of num_frames latents; returns one sentence for each that could not be made."""
     failures = []
-    with tqdm(total=(1 + 4 * (num_frames - 1)) * len(requests), unit="frame") as bar:
+    in_silence = not logger.isEnabledFor(logging.INFO)  # one bar for all processes of a run
+    with tqdm(total=(1 + 4 * (num_frames - 1)) * len(requests), unit="frame", disable=in_silence) as bar:
         for number, request in enumerate(requests, start=1):
             bar.set_description(f"video {number}/{len(requests)}")
             began = time.perf_counter()
@@ -287,7 +289,7 @@ def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
 @plain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in TORCHRUN)
     logging.basicConfig(format="%(message)s", level=logging.INFO if rank == 0 else logging.WARNING)
     config = resolve_config(arguments)
     prompts = read_requested_prompts(arguments)
@@ -297,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"# {len(requests)} videos into {arguments.output_folder}/, nothing was made")
         return 0
 
-    device = resolve_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = resolve_device(config.device, local_rank)
     prepare_folder(arguments.output_folder, config)
     mine = requests[rank::world_size]
     missing = [request for request in mine if arguments.overwrite or not request.path.exists()]
@@ -315,12 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.check(device)
         failures = make_videos(pipeline, missing, arguments.output_folder, config, num_frames, to_extend)
     sheet = draw_contact_sheet(arguments.output_folder, requests)
-    if rank == 0:
-        print(
-            f"{len(missing) - len(failures)} videos made, {len(mine) - len(missing)} kept: {arguments.output_folder}/"
-        )
-        if sheet:
-            print(f"overview: {sheet}")
+    who = f"process {rank}: " if world_size > 1 else ""
+    counts = f"{len(missing) - len(failures)} videos made, {len(mine) - len(missing)} kept"
+    print(f"{who}{counts}: {arguments.output_folder}/" + (f", overview in {sheet}" if sheet else ""))
     for failure in failures:
         print(f"error: no video of {failure}", file=sys.stderr)
     return 1 if failures else 0

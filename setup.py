@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.10",
     packages=["configs", "model", "pipeline", "trainer", "utils", "wan", "wan.modules", "world"],
     py_modules=["inference", "demo", "train"],
-    package_data={"configs": ["*.yaml"]},
+    package_data={"configs": ["*.yaml"], "world": ["weights/*"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "train": ["wandb"],

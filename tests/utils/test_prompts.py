@@ -1,11 +1,15 @@
 """Prompt files as people write them, and seeds that depend on the words alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from utils.prompts import Prompt, read_image_prompts, read_prompts, video_seed
+from world.captions import claims
+
+PROMPTS = Path(__file__).parents[2] / "prompts"
 
 
 def texts(prompts: list[Prompt]) -> list[str]:
@@ -79,6 +83,12 @@ def test_broken_image_lists_are_named(tmp_path):
     (tmp_path / "list.jsonl").write_text('{"image": "gone.png", "prompt": "words"}\n')
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         read_image_prompts(tmp_path)
+
+
+def test_the_puppet_prompts_speak_the_words_of_the_world():
+    for prompt in read_prompts(PROMPTS / "puppet_world.txt"):
+        assert {"body", "background", "action"} <= claims(prompt.text).keys(), prompt.text
+    assert len(read_prompts(PROMPTS / "cinematic.txt")) == 30
 
 
 def test_a_seed_is_of_seed_prompt_and_sample():
