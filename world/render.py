@@ -48,8 +48,8 @@ class Layer:
     (how much lighter the middle of the shape is than its rim)."""
 
     segments: int
-    outline: float = 1.4
-    softness: float = 1.0
+    outline: float = 1.5
+    softness: float = 1.5
     opacity: float = 1.0
     relief: float = 0.16
 
@@ -301,7 +301,7 @@ def _over(canvas, distance, colour, radius, outline, softness, opacity, relief) 
     ink = rim - fill
     colour = colour[:, None, :, None, None]
     visible = torch.arange(4, device=canvas.device)[:, None, None] < 3
-    return canvas * (1 - rim) + (fill * lit + 0.28 * ink) * colour + 0.02 * ink * visible
+    return canvas * (1 - rim) + (fill * lit + 0.42 * ink) * colour + 0.02 * ink * visible
 
 
 def _limb(canvas: Tensor, points: Tensor, radii: Tensor, colour: Tensor, style: Tensor, segments: int) -> Tensor:
