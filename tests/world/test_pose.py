@@ -12,8 +12,16 @@ from world.puppet import joints, sample_scenes
 GOLDEN = Path(__file__).parent / "pose_drawing.png"
 
 
+# A waving figure, in OpenPose-18 order.
+FIGURE = (
+    (64, 36), (64, 50), (52, 52), (40, 44), (36, 30), (76, 52), (84, 64), (88, 78), (57, 78), (54, 94), (56, 108),
+    (71, 78), (75, 92), (72, 108), (60, 32), (68, 32), (53, 34), (75, 34),
+)  # fmt: skip
+
+
 def test_the_drawing_is_the_golden_one():
-    drawing = draw_pose(joints(sample_scenes(1, 11), torch.tensor([20])))[0, 0]
+    figure = torch.tensor([[*point, 1.0] for point in FIGURE])
+    drawing = draw_pose(figure[None, None])[0, 0]
     golden = torch.from_numpy(np.array(Image.open(GOLDEN))).permute(2, 0, 1) / 255
     assert (drawing - golden).abs().max() < 0.02
 

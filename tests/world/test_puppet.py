@@ -65,7 +65,7 @@ def test_an_unknown_split_is_refused():
 
 def test_no_motion_is_faster_than_the_vae_can_see():
     beats = [2 if name in ("walk", "dance") else 1 for name in ACTIONS]
-    assert max(hz * n for hz, n in zip(ACTION_HZ, beats, strict=True)) * max(SPEED_FACTORS) < 1.2
+    assert max(hz * n for hz, n in zip(ACTION_HZ, beats, strict=True)) * max(SPEED_FACTORS) < 0.8
 
 
 def test_joints_are_a_formula_in_time():
