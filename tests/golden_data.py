@@ -1,10 +1,12 @@
 """Reads tests/golden: inputs, weights and outputs of the public implementations on small random weights."""
 
 import json
+import lzma
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from wan.configs import WanConfig
@@ -12,10 +14,12 @@ from wan.configs import WanConfig
 FOLDER = Path(__file__).parent / "golden"
 
 
+@cache
 def load_golden(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and config of one case."""
-    with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])  # noqa: SIM118
+    """Tensors and config of one case: a safetensors file, compressed, whose header holds the config."""
+    raw = lzma.decompress((FOLDER / f"{name}.safetensors.xz").read_bytes())
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return load(raw), json.loads(header.get("__metadata__", {}).get("config", "{}"))
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
