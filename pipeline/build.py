@@ -8,28 +8,10 @@ from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
 from utils.checkpoint import load_generator
 from utils.config import Config
+from utils.distributed import resolve_device, resolve_dtype
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises ValueError when CUDA is asked for and absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} is asked for, but torch sees no CUDA GPU; use device=cpu, or install a CUDA build of torch")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on CUDA and float32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
 
 
 def build_generator(config: Config, device: torch.device, dtype: torch.dtype) -> WanDiffusionWrapper:
@@ -56,12 +38,12 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
 def build_pipeline(
     config: Config, device: torch.device | str | None = None, generator: WanDiffusionWrapper | None = None
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
-    """Everything that turns prompts into pixels. device None: the config's. `generator`: a network in training to sample from."""
+    """Everything that turns prompts into pixels. device None: the config's. generator: one that is in training."""
     device = resolve_device(config.device) if device is None else torch.device(device)
     dtype = resolve_dtype(config.dtype, device)
+    generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
     vae = WanVAEWrapper(config.model_name, device=device, dtype=dtype)
-    generator = generator or build_generator(config, device, dtype)
     sampling = {
         "guidance_scale": config.guidance_scale,
         "negative_prompt": config.negative_prompt,

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 class CausalDiffusionInferencePipeline:
     """Generates video block by block from a KV cache.
 
-    denoising_step_list: times of a few-step (self-forcing) model on the unshifted 0-1000 grid, warped by the generator's
-    shift unless warp_denoising_step is off; one pass each, no guidance. None: `sampling_steps` of `solver` with classifier-free
-    guidance over two caches, kv_cache_pos and kv_cache_neg. context_noise: time in [0, 1000] at which finished blocks are
-    remembered.
+    denoising_step_list: times of a few-step (self-forcing) model on the unshifted 0-1000 grid, warped by the
+    generator's shift unless warp_denoising_step is off; one pass each, no guidance. None: `sampling_steps` of `solver`
+    with classifier-free guidance over two caches, kv_cache_pos and kv_cache_neg. context_noise: time in [0, 1000] at
+    which finished blocks are remembered.
 
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
@@ -69,10 +69,10 @@ class CausalDiffusionInferencePipeline:
     def stream(self, noise: Tensor | None = None, text_prompts: Sequence[str] = (), **options) -> Iterator[Tensor]:
         """Yield pixels [B, f_px, 3, height, width] in [0, 1], float32, one block at a time as it is made.
 
-        noise [B, F, C, H, W]: start noise of the frames to generate. Without it, `seeds` (one int per prompt), `height` and
-        `width` (pixels, divisible by 16) and `num_frames` (latents in all, given ones included; None: without end) are
-        needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video; they are
-        decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
+        noise [B, F, C, H, W]: start noise of the frames to generate. Without it, `seeds` (one int per prompt), `height`
+        and `width` (pixels, divisible by 16) and `num_frames` (latents in all, given ones included; None: without end)
+        are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video; they
+        are decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
         """
         vae_cache = self.vae.model.make_cache()
         for _, latents in self._walk(noise, text_prompts, **options):
@@ -157,7 +157,9 @@ class CausalDiffusionInferencePipeline:
         for step in walk:
             yield step
             if stream != self._streams:
-                raise RuntimeError("a newer stream of the same pipeline took over its caches; make one pipeline per stream")
+                raise RuntimeError(
+                    "a newer stream of the same pipeline took over its caches; make one pipeline per stream"
+                )
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, H, W) of a video of height x width pixels."""
@@ -165,11 +167,13 @@ class CausalDiffusionInferencePipeline:
         stride = self.vae.model.spatial_stride
         if height is None or width is None or height % (stride * patch[1]) or width % (stride * patch[2]):
             raise ValueError(
-                f"height {height} and width {width} must be multiples of {stride * patch[1]} and {stride * patch[2]} pixels"
+                f"height {height} and width {width} must be multiples of {stride * patch[1]} and {stride * patch[2]}"
             )
         return self.generator.model.config.out_dim, height // stride, width // stride
 
-    def _paths(self, text_prompts: Sequence[str], latent_shape: tuple[int, int, int], num_frames: int | None) -> list[Path]:
+    def _paths(
+        self, text_prompts: Sequence[str], latent_shape: tuple[int, int, int], num_frames: int | None
+    ) -> list[Path]:
         """The guided path, and with guidance the unguided one; caches are reused where they fit."""
         guided = self.timesteps is None and self.guidance_scale != 1
         self.kv_cache_pos = self._cache(self.kv_cache_pos, len(text_prompts), latent_shape, num_frames)

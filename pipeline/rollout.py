@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ def plan_blocks(
 ) -> Iterator[FrameBlock]:
     """Blocks of a video of num_frames latents, of which the first num_input_frames are given. None: without end.
 
-    Given frames need not fill whole blocks: what is left of them makes a shorter first block, and generation goes on in whole
-    blocks after them. 7 given frames of 13 in blocks of 3: [0, 1) [1, 4) [4, 7) given, [7, 10) [10, 13) made.
+    Given frames need not fill whole blocks: what is left of them makes a shorter first block, and generation goes on in
+    whole blocks after them. 7 given frames of 13 in blocks of 3: [0, 1) [1, 4) [4, 7) given, [7, 10) [10, 13) made.
     Raises ValueError when what is left to generate does not split into whole blocks.
     """
     start = 0
@@ -45,9 +46,11 @@ def plan_blocks(
     begins_with_one = independent_first_frame and start == 0
     if num_frames is not None:
         if num_frames <= start:
-            raise ValueError(f"{num_frames} latent frames are asked for and {start} are given; ask for more than are given")
+            raise ValueError(
+                f"{num_frames} latent frames are asked for and {start} are given; ask for more than are given"
+            )
         bounds = [start + bound for bound in block_starts(num_frames - start, num_frame_per_block, begins_with_one)]
-        yield from (FrameBlock(*pair) for pair in zip(bounds, bounds[1:], strict=False))
+        yield from (FrameBlock(*pair) for pair in pairwise(bounds))
         return
     while True:
         stop = start + (1 if begins_with_one and start == 0 else num_frame_per_block)
@@ -87,9 +90,9 @@ def rollout(
 ) -> Iterator[tuple[FrameBlock, Tensor]]:
     """Yield each block and its latents [B, f, C, H, W]; a block becomes context when the next one is asked for.
 
-    initial_latent [B, num_input_frames, C, H, W] fills the given blocks. Context costs one clean pass per block and path, and
-    the last block none. context_noise: time in [0, 1000] at which later blocks see a block; 0 adds exactly nothing, anything
-    else adds noise from `draw`, in training and inference alike.
+    initial_latent [B, num_input_frames, C, H, W] fills the given blocks. Context costs one clean pass per block and
+    path, and the last block none. context_noise: time in [0, 1000] at which later blocks see a block; 0 adds exactly
+    nothing, anything else adds noise from `draw`, in training and inference alike.
     """
     previous = None
     for block in blocks:
@@ -112,7 +115,7 @@ def remember(
     context_noise: float = 0.0,
     draw: Callable[[torch.Size], Tensor] | None = None,
 ) -> None:
-    """Make a finished block context: one pass at its final noise level, then commit. Nothing flows back into `latents`."""
+    """Make a finished block context: one pass at its final noise level, then commit. No gradient flows back."""
     if context_noise and not block.given:
         latents = generator.scheduler.add_noise(latents, draw(latents.shape), context_noise)
     for path in paths:

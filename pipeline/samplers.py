@@ -15,7 +15,9 @@ Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Draw = Callable[[torch.Size], Tensor]  # fresh unit noise of a shape
 
 
-def few_step(denoise: Denoise, noise: Tensor, timesteps: Sequence[float], scheduler: FlowMatchScheduler, draw: Draw) -> Tensor:
+def few_step(
+    denoise: Denoise, noise: Tensor, timesteps: Sequence[float], scheduler: FlowMatchScheduler, draw: Draw
+) -> Tensor:
     """Predict x0, noise it again to the next time, and so on (Self-Forcing, arXiv 2506.08009, algorithm 2)."""
     x = noise
     for i, t in enumerate(timesteps):

@@ -8,17 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FlowMatchScheduler:
-    """Rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x0 + sigma eps, flow = eps - x0, sigma = t / num_train_timesteps.
+    """Rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x0 + sigma eps, flow = eps - x0, sigma = t / 1000.
 
-    shift moves times towards noise (arXiv 2403.03206, eq. 23); it changes which times are visited, never what a time means.
-    In every method t is a tensor (or number) whose shape is a leading part of the latents' shape: [B, F] for [B, F, C, H, W].
+    shift moves times towards noise (arXiv 2403.03206, eq. 23); it changes which times are visited, never what a time
+    means. In every method t is a tensor (or number) whose shape is a leading part of the latents' shape: [B, F] for [B,
+    F, C, H, W].
     """
 
     shift: float = 5.0
     num_train_timesteps: int = 1000
 
     def warp(self, t: Tensor | list[float]) -> Tensor:
-        """Times on the even grid -> times under the shift, in [0, 1000]: 750 -> 937.5 at shift 5. Float32 (float64 inside)."""
+        """Times on the even grid -> times under the shift, in [0, 1000]: 750 -> 937.5 at shift 5. Float32."""
         u = torch.as_tensor(t).double() / self.num_train_timesteps
         return (self.num_train_timesteps * self.shift * u / (1 + (self.shift - 1) * u)).float()
 
@@ -45,12 +46,15 @@ class FlowMatchScheduler:
         return noise.float() - x0.float()
 
     def training_weight(self, t: Tensor) -> Tensor:
-        """Wan's bell-shaped loss weight: exp(-2 ((t - 500) / 1000)^2) lifted to 0 at its minimum, mean 1 over the even grid.
+        """Wan's bell-shaped loss weight: exp(-2 ((t - 500) / 1000)^2) lifted to 0 at its minimum, mean 1 over the even
+        grid.
 
         Float32, any shape of t. The mean is taken over the shifted grid of num_train_timesteps times, as the weight's
         authors did, so it depends on the shift.
         """
-        grid = self.warp(torch.linspace(1, 0, self.num_train_timesteps + 1, dtype=torch.float64)[:-1] * self.num_train_timesteps)
+        grid = self.warp(
+            torch.linspace(1, 0, self.num_train_timesteps + 1, dtype=torch.float64)[:-1] * self.num_train_timesteps
+        )
         bell = self._bell(grid)
         return ((self._bell(t) - bell.min()) * (len(grid) / (bell - bell.min()).sum())).float()
 

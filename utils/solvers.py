@@ -9,7 +9,8 @@ SOLVERS = ("unipc", "dpm++", "euler")
 def wan_sigmas(solver: str, steps: int, shift: float) -> np.ndarray:
     """Noise levels visited, float64 [steps], before the final 0.
 
-    Wan's UniPC starts at 0.999 of the unshifted grid, its DPM++ and Euler at 1; diffusers' default grids differ from both.
+    Wan's UniPC starts at 0.999 of the unshifted grid, its DPM++ and Euler at 1; diffusers' default grids differ from
+    both.
     """
     first = 0.999 if solver == "unipc" else 1.0
     sigmas = np.linspace(first, 0.0, steps + 1)[:-1]
@@ -19,8 +20,8 @@ def wan_sigmas(solver: str, steps: int, shift: float) -> np.ndarray:
 def make_solver(solver: str, steps: int, shift: float, device: torch.device | str):
     """A fresh diffusers scheduler with its timesteps set: iterate `.timesteps`, call `.step(flow, t, x).prev_sample`.
 
-    solver: "unipc" (arXiv 2302.04867, order 2, bh2), "dpm++" (arXiv 2211.01095, 2M) or "euler". A solver has memory: use one
-    per block.
+    solver: "unipc" (arXiv 2302.04867, order 2, bh2), "dpm++" (arXiv 2211.01095, 2M) or "euler". A solver has memory:
+    use one per block.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; use one of {', '.join(SOLVERS)}")

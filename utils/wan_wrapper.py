@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -32,8 +33,8 @@ class WanDiffusionWrapper(nn.Module):
     """A Wan transformer and its clock: noisy latents in, flow and clean latents out.
 
     model_name: a folder in `wan_models/`, or a path. is_causal: block-causal with a KV cache, else bidirectional.
-    from_scratch: random weights, sizes from `model_config` or the folder's config.json. The window, sink and block sizes
-    are CausalWanModel's.
+    from_scratch: random weights, sizes from `model_config` or the folder's config.json. The window, sink and block
+    sizes are CausalWanModel's.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class WanDiffusionWrapper(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Flow and x0, both [B, F, C, H, W] float32, of noisy latents [B, F, C, H, W] at timestep [B, F] in [0, 1000].
 
-        conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]) and aug_t
-        are CausalWanModel.forward's. add_condition overrides conditioning's pose.
+        conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]) and
+        aug_t are CausalWanModel.forward's. add_condition overrides conditioning's pose.
         """
         options = {}
         if self.is_causal:
@@ -114,8 +115,8 @@ class WanDiffusionWrapper(nn.Module):
 class WanTextEncoder(nn.Module):
     """umT5: prompts -> embeddings [B, T, text_dim], memoised by prompt when used without gradient.
 
-    offload: leave the GPU after encoding ("always"), stay ("never"), or leave when the GPU holds less than 48 GB ("auto"):
-    at full size the encoder takes 11.4 GB in bf16, four times the 1.3B transformer.
+    offload: leave the GPU after encoding ("always"), stay ("never"), or leave when the GPU holds less than 48 GB
+    ("auto"): at full size the encoder takes 11.4 GB in bf16, four times the 1.3B transformer.
     """
 
     def __init__(
@@ -183,7 +184,9 @@ class WanVAEWrapper(nn.Module):
         latents_per_chunk: int = 4,
     ):
         super().__init__()
-        self.model = load_vae(find_model_file(find_model_folder(model_name), VAE_FILES), device=device, dtype=dtype).eval()
+        self.model = load_vae(
+            find_model_file(find_model_folder(model_name), VAE_FILES), device=device, dtype=dtype
+        ).eval()
         self.latents_per_chunk = latents_per_chunk
         self.cache: VAECache | None = None
 
@@ -201,18 +204,15 @@ class WanVAEWrapper(nn.Module):
         cache, stride = self.model.make_cache(), self.model.temporal_stride
         video, chunk = pixels.transpose(1, 2), stride * self.latents_per_chunk
         bounds = [0, *range(1, video.shape[2], chunk), video.shape[2]]
-        latents = [
-            self.model.encode(video[:, :, start:stop].to(self.dtype), cache)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        latents = [self.model.encode(video[:, :, start:stop].to(self.dtype), cache) for start, stop in pairwise(bounds)]
         return torch.cat(latents, dim=2).transpose(1, 2).float()
 
     @torch.no_grad()
     def decode_to_pixel(self, latents: Tensor, use_cache: bool = False, cache: VAECache | None = None) -> Tensor:
         """Normalised latents [B, F, C, H, W] -> pixels [B, F_px, 3, 8H, 8W] in [-1, 1], float32.
 
-        A video's first latent gives 1 frame, every other one 4. These latents go on where the last call with the same `cache`
-        stopped, or, with use_cache, where the last call with use_cache stopped.
+        A video's first latent gives 1 frame, every other one 4. These latents go on where the last call with the same
+        `cache` stopped, or, with use_cache, where the last call with use_cache stopped.
         """
         if cache is None:
             cache = (self.cache if use_cache else None) or self.model.make_cache()
@@ -234,7 +234,9 @@ class CLIPModel(nn.Module):
         dtype: torch.dtype = torch.float16,
     ):
         super().__init__()
-        self.model = load_clip_vision(find_model_file(find_model_folder(model_name), CLIP_FILES), device=device, dtype=dtype)
+        self.model = load_clip_vision(
+            find_model_file(find_model_folder(model_name), CLIP_FILES), device=device, dtype=dtype
+        )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -51,14 +51,18 @@ class WanConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "WanConfig":
-        """Read `config.json`; keys that are not sizes (`_class_name`, ...) are ignored, absent ones take the published value."""
+        """Read `config.json`; keys that are not sizes are ignored, absent sizes take the published value."""
         path = Path(folder) / "config.json"
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); download it again") from error
+            raise ValueError(
+                f"{path} is not valid JSON (line {error.lineno}: {error.msg}); download it again"
+            ) from error
         known = {field.name for field in fields(cls)}
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in known}
+        settings = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in known
+        }
         missing = [name for name in ("dim", "ffn_dim", "num_heads", "num_layers") if name not in settings]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}: it is not the config of a Wan transformer")
@@ -80,8 +84,15 @@ WAN_CONFIGS: dict[str, WanConfig] = {
 }
 
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
-TEXT_ENCODER_FILES = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-puppet.safetensors")
-CLIP_FILES = ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors")
+TEXT_ENCODER_FILES = (
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "models_t5_umt5-puppet.safetensors",
+)
+CLIP_FILES = (
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
+)
 TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl")
 
 
@@ -103,7 +114,7 @@ def find_model_folder(model_name: str | Path) -> Path:
 
 
 def find_model_file(folder: str | Path, candidates: tuple[str, ...]) -> Path:
-    """First of `candidates` that exists in `folder`; raises FileNotFoundError naming what was looked for and how to get it."""
+    """First of `candidates` in `folder`; FileNotFoundError names what was looked for and how to get it."""
     folder = Path(folder)
     for candidate in candidates:
         if (folder / candidate).exists():

@@ -30,7 +30,7 @@ def no_draws(remember, generator, paths, block, latents, context_noise, draw):
 
 
 class LatentsAsPixels:
-    """A VAE for tests: pixels are twice the latents minus one, so that the pipeline's [0, 1] range gives latents back."""
+    """A VAE for tests: pixels are twice the latents minus one, so that the pipeline gives latents back."""
 
     model = SimpleNamespace(make_cache=list, spatial_stride=8)
 
@@ -62,7 +62,7 @@ def golden_pipeline(config: dict, settings: dict, embeds: dict[str, torch.Tensor
 
 @dataclass(frozen=True)
 class ReferenceClock(FlowMatchScheduler):
-    """The reference's clock where ours differs: times snap to a table of 1000, and context_noise adds no noise at inference."""
+    """The reference's clock where ours differs: times snap to a table, context_noise adds no noise at inference."""
 
     context_noise: float = 0.0
 
@@ -143,7 +143,9 @@ def toy_pipeline(window: int = -1, sink: int = 0, few: bool = True, **options) -
         torch.nn.init.normal_(parameter, std=0.1)
 
     def embed(prompts):
-        rows = [torch.randn(5, 12, generator=torch.Generator().manual_seed(sum(map(ord, prompt)))) for prompt in prompts]
+        rows = [
+            torch.randn(5, 12, generator=torch.Generator().manual_seed(sum(map(ord, prompt)))) for prompt in prompts
+        ]
         return torch.stack(rows)
 
     few_steps = {"denoising_step_list": [1000, 500]} if few else {"sampling_steps": 3}

@@ -1,1 +1,1 @@
-"""The networks' parts. Imports go downwards: rope, masks, attention, kv_cache -> model -> causal_model; vae, text_encoder, clip alone."""
+"""The networks' parts: causal_model > model > kv_cache, attention, masks, rope; vae; text_encoder; clip; > weights."""

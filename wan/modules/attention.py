@@ -30,7 +30,7 @@ def _flash_kernel() -> Callable | None:
 
 @lru_cache(maxsize=8)
 def _sdpa_priority(device: torch.device) -> list[SDPBackend] | None:
-    """On Hopper cuDNN's kernel is the fastest of the three, but torch asks flash first; elsewhere torch's order stands."""
+    """On Hopper cuDNN's kernel is the fastest, but torch asks flash first; elsewhere torch's order stands."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
         return [
             SDPBackend.CUDNN_ATTENTION,
@@ -46,7 +46,9 @@ def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"attention_backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "flash" and _flash_kernel() is None:
-        raise ImportError("attention_backend 'flash' needs flash-attn: pip install flash-attn --no-build-isolation; or use 'auto'")
+        raise ImportError(
+            "attention_backend 'flash' needs flash-attn: pip install flash-attn --no-build-isolation; or use 'auto'"
+        )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -70,8 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Attention under a prepared BlockCausalMask (`mask.prepare(device)`), [B, L, N, D] each; dtype kept.
 
-    A flex BlockMask runs in compiled flex-attention; a dense bool [L, L] in SDPA, its twin for the CPU, where flex-attention
-    has no backward.
+    A flex BlockMask runs in compiled flex-attention; a dense bool [L, L] in SDPA, its twin for the CPU, where
+    flex-attention has no backward.
     """
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))  # see attention()
     if isinstance(mask, Tensor):

@@ -20,10 +20,11 @@ class CausalWanModel(WanModel):
     - teacher forcing: `forward(x, t, context, clean_x=...)`, each noisy block looks at the clean blocks before it;
     - stream: `forward(x, t, context, kv_cache=...)`, one block looks at committed frames.
 
-    num_frame_per_block: latent frames denoised together. local_attn_size: latent frames that a block sees, itself and the
-    sink included (-1: all). sink_size: leading frames that never leave the window. independent_first_frame: frame 0 is a
-    block of its own. rope_base: "absolute" frame positions, or "window": positions counted from the window's first frame, so
-    that the distance to the sink stays within what was trained (streams only; keys are then cached unrotated).
+    num_frame_per_block: latent frames denoised together. local_attn_size: latent frames that a block sees, itself and
+    the sink included (-1: all). sink_size: leading frames that never leave the window. independent_first_frame: frame 0
+    is a block of its own. rope_base: "absolute" frame positions, or "window": positions counted from the window's first
+    frame, so that the distance to the sink stays within what was trained (streams only; keys are then cached
+    unrotated).
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class CausalWanModel(WanModel):
     ) -> Tensor:
         """Flow [B, out_dim, F, H, W] of noisy latents x [B, C, F, H, W] at times t [B, F] in [0, 1000].
 
-        kv_cache: x is the next block(s) of a stream. Without gradient the block's keys are written into their slots; the
-        caller commits. clean_x [B, C, F, H, W]: clean latents for teacher forcing, at times aug_t [B, F] (default 0).
-        The other arguments are WanModel.forward's.
+        kv_cache: x is the next block(s) of a stream. Without gradient the block's keys are written into their slots;
+        the caller commits. clean_x [B, C, F, H, W]: clean latents for teacher forcing, at times aug_t [B, F] (default
+        0). The other arguments are WanModel.forward's.
         """
         if kv_cache is not None and clean_x is not None:
             raise ValueError("kv_cache and clean_x exclude each other: a stream's past is in the cache")
@@ -130,7 +131,9 @@ class CausalWanModel(WanModel):
     def cache_capacity(self, num_frames: int | None, *, keep_all: bool = False) -> int:
         """Latent frames that a cache holds for a video of num_frames (None: without end)."""
         if num_frames is None and (self.local_attn_size == -1 or keep_all):
-            raise ValueError("a cache that keeps the whole past needs num_frames; set local_attn_size to stream without end")
+            raise ValueError(
+                "a cache that keeps the whole past needs num_frames; set local_attn_size to stream without end"
+            )
         if self.local_attn_size == -1 or keep_all:
             return num_frames
         return self.local_attn_size if num_frames is None else min(self.local_attn_size, num_frames)
@@ -141,8 +144,8 @@ class CausalWanModel(WanModel):
         """Empty cache for latents of `height` x `width` cells, in the model's dtype and on its device.
 
         num_frames: latent frames of the whole video; needed without a window, an upper bound with one. keep_all: never
-        overwrite (a training rollout whose checkpointed blocks are recomputed). Memory: 2 * num_layers * frames * tokens per
-        frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21 frames of 60x104.
+        overwrite (a training rollout whose checkpointed blocks are recomputed). Memory: 2 * num_layers * frames *
+        tokens per frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21 frames of 60x104.
         """
         capacity = self.cache_capacity(num_frames, keep_all=keep_all)
         frame_seqlen = self.config.tokens_per_frame(height, width)

@@ -13,18 +13,18 @@ from .masks import check_window, visible_ranges
 class KVCache:
     """Context of one path through the generator: keys and values of committed frames, per layer.
 
-    The slab of each layer has room for `capacity` frames. Frame f lies in slot f until the slab is full; then the newest
-    frame takes the slot of the oldest one after the sink. Attention does not care about the order of rotated keys, so nothing
-    is ever moved. capacity 6, sink_size 1, blocks of 2:
+    The slab of each layer has room for `capacity` frames. Frame f lies in slot f until the slab is full; then the
+    newest frame takes the slot of the oldest one after the sink. Attention does not care about the order of rotated
+    keys, so nothing is ever moved. capacity 6, sink_size 1, blocks of 2:
 
         after block 0:  0 1 . . . .      after block 2:  0 1 2 3 4 5
         after block 1:  0 1 2 3 . .      after block 3:  0 6 7 3 4 5      frames 1 and 2 are gone, 0 is the sink
 
-    A walk's rhythm for one block of n frames: any number of passes with `context(n)`, the last of them on the clean block,
-    then `commit(n)`. Networks write the block's own keys into its slots but never move `start_frame`.
+    A walk's rhythm for one block of n frames: any number of passes with `context(n)`, the last of them on the clean
+    block, then `commit(n)`. Networks write the block's own keys into its slots but never move `start_frame`.
 
-    `capacity` above the window keeps the whole past: nothing is overwritten, so that a checkpointed training pass may be
-    recomputed later; the window is honoured when reading (sink included), exactly as by a full slab.
+    `capacity` above the window keeps the whole past: nothing is overwritten, so that a checkpointed training pass may
+    be recomputed later; the window is honoured when reading (sink included), exactly as by a full slab.
     """
 
     keys: list[Tensor]  # num_layers x [B, capacity * frame_seqlen, N, D]
@@ -63,7 +63,7 @@ class KVCache:
         return self.sink_size + (frame - self.sink_size) % (self.capacity - self.sink_size)
 
     def context(self, num_frames: int) -> "KVContext":
-        """Frozen view for passes over the next `num_frames` frames. Raises ValueError when a block outgrows the slab."""
+        """Frozen view for passes over the next `num_frames` frames; ValueError when they outgrow the slab."""
         start, stop = self.start_frame, self.start_frame + num_frames
         if stop > self.capacity and self.capacity != self.local_attn_size:  # only a slab of the window's size is a ring
             raise ValueError(
@@ -88,7 +88,7 @@ class KVCache:
 
 
 class KVContext:
-    """What one pass over frames [start_frame, stop_frame) sees of a cache. Networks write their block, and move nothing."""
+    """What a pass over frames [start_frame, stop_frame) sees of a cache. Networks write their block, move nothing."""
 
     def __init__(self, cache: KVCache, start_frame: int, stop_frame: int):
         self.start_frame, self.stop_frame = start_frame, stop_frame
@@ -121,12 +121,14 @@ class KVContext:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of context and block: key, value [B, n * frame_seqlen, N, D] -> [B, visible, N, D] each.
 
-        Without gradient the block is written into its slots (in place). With gradient nothing is written: the context is a
-        detached copy, so that no gradient crosses blocks and a recomputed pass reads what the first one read.
+        Without gradient the block is written into its slots (in place). With gradient nothing is written: the context
+        is a detached copy, so that no gradient crosses blocks and a recomputed pass reads what the first one read.
         """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         if key.shape[0] != keys.shape[0]:
-            raise ValueError(f"the KV cache was made for batch {keys.shape[0]}, this pass has batch {key.shape[0]}; make a new cache")
+            raise ValueError(
+                f"the KV cache was made for batch {keys.shape[0]}, this pass has batch {key.shape[0]}; make a new cache"
+            )
         if not torch.is_grad_enabled():
             self._write(keys, key)
             self._write(values, value)

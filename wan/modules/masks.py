@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ def block_starts(num_frames: int, num_frame_per_block: int, independent_first_fr
         lower, upper = first + whole * num_frame_per_block, first + (whole + 1) * num_frame_per_block
         plus = "1 frame and then blocks" if independent_first_frame else "blocks"
         raise ValueError(
-            f"{num_frames} latent frames do not split into {plus} of {num_frame_per_block}; use {lower or upper} or {upper} "
-            f"({upper} latent frames are {4 * upper - 3} pixel frames)"
+            f"{num_frames} latent frames do not split into {plus} of {num_frame_per_block}; "
+            f"use {lower or upper} or {upper} ({upper} latent frames are {4 * upper - 3} pixel frames)"
         )
     return ([0] if first else []) + list(range(first, num_frames + 1, num_frame_per_block))
 
@@ -68,7 +69,7 @@ class BlockCausalMask:
         starts = block_starts(self.num_frames, self.num_frame_per_block, self.independent_first_frame)
         causal = torch.zeros(self.num_frames, self.num_frames, dtype=torch.bool)
         own = torch.zeros_like(causal)
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             for first, last in visible_ranges(stop, self.local_attn_size, self.sink_size):
                 causal[start:stop, first:last] = True
             own[start:stop, start:stop] = True
@@ -87,7 +88,7 @@ class BlockCausalMask:
         return _flex_block_mask(self, torch.device(device))
 
     def prepare(self, device: torch.device | str):
-        """What `masked_attention` takes on this device: a flex BlockMask on CUDA, the dense mask elsewhere. Made once."""
+        """What `masked_attention` takes: a flex BlockMask on CUDA, the dense mask elsewhere. Made once."""
         device = torch.device(device)
         return self.block_mask(device) if device.type == "cuda" else _dense_mask(self, device)
 
@@ -98,8 +99,8 @@ def check_window(local_attn_size: int, sink_size: int, num_frame_per_block: int)
         return
     if sink_size < 0 or local_attn_size < sink_size + num_frame_per_block:
         raise ValueError(
-            f"local_attn_size {local_attn_size} cannot hold {sink_size} sink frames and a block of {num_frame_per_block}; "
-            f"use at least {max(sink_size, 0) + num_frame_per_block}, or -1 for the whole past"
+            f"local_attn_size {local_attn_size} cannot hold {sink_size} sink frames and a block of "
+            f"{num_frame_per_block}; use at least {max(sink_size, 0) + num_frame_per_block}, or -1 for the whole past"
         )
 
 

@@ -1,7 +1,7 @@
 """The Wan2.1 transformer. Attribute names are the published checkpoints' names: they are public API.
 
-Shapes: B batch, F latent frames, C latent channels, H W latent size, S tokens per frame, L = F * S tokens, N heads, D head
-size, T text tokens.
+Shapes: B batch, F latent frames, C latent channels, H W latent size, S tokens per frame, L = F * S tokens, N heads,
+D head size, T text tokens.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """[cos | sin] of t * 10000^(-k / (dim/2)), k = 0 .. dim/2 - 1: any shape of t -> [..., dim] float32 (float64 inside)."""
+    """[cos | sin] of t * 10000^(-k / (dim/2)), k = 0 .. dim/2 - 1: t [...] -> [..., dim] float32."""
     half = dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angles = t.double()[..., None] * frequencies
@@ -55,13 +55,13 @@ class WanLayerNorm(nn.LayerNorm):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift per frame: x [B, F*S, dim]; shift, scale [B, F, dim] float32. Float32 inside, dtype kept."""
+    """x * (1 + scale) + shift per frame: x [B, F*S, dim]; shift, scale [B, F, dim]. Float32 inside, dtype kept."""
     frames = x.unflatten(1, (shift.shape[1], -1)).float()
     return (frames * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2).to(x.dtype)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update * gate per frame: x, update [B, F*S, dim]; gate [B, F, dim] float32. Float32 inside, dtype of x kept."""
+    """x + update * gate per frame: x, update [B, F*S, dim]; gate [B, F, dim]. Float32 inside, dtype kept."""
     update = update.unflatten(1, (gate.shape[1], -1)).float() * gate.unsqueeze(2)
     return (x.float() + update.flatten(1, 2)).to(x.dtype)
 
@@ -72,9 +72,7 @@ class WanSelfAttention(nn.Module):
         dim = config.dim
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = (
-            WanRMSNorm(dim, config.eps) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        self.norm_q, self.norm_k = (WanRMSNorm(dim, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -94,7 +92,7 @@ class WanCrossAttention(WanSelfAttention):
             self.norm_k_img = WanRMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
 
     def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of text [B, T, dim] -> [B, T, N, D] each. Padding rows are attended to, as Wan was trained."""
+        """Keys and values of text [B, T, dim] -> [B, T, N, D] each; padding rows are attended to, as in Wan."""
         return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
 
     def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +159,11 @@ class ImageEmbedding(nn.Module):
     def __init__(self, clip_dim: int, dim: int):
         super().__init__()
         self.proj = nn.Sequential(
-            nn.LayerNorm(clip_dim), nn.Linear(clip_dim, clip_dim), nn.GELU(), nn.Linear(clip_dim, dim), nn.LayerNorm(dim)
+            nn.LayerNorm(clip_dim),
+            nn.Linear(clip_dim, clip_dim),
+            nn.GELU(),
+            nn.Linear(clip_dim, dim),
+            nn.LayerNorm(dim),
         )
 
     def forward(self, clip_fea: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ class WanModel(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Xavier for linear layers, N(0, .02) for text and time, zero for the head and the pose: a new model predicts 0."""
+        """Xavier for linear layers, N(0, .02) for text and time, zero for head and pose: a new model predicts 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -231,9 +233,9 @@ class WanModel(nn.Module):
     ) -> Tensor:
         """Flow of a whole clip; every token sees every token.
 
-        x [B, C, F, H, W]; t [B] or [B, F] in [0, 1000]; context [B, <=T, text_dim] (padded with zeros to text_len, padding
-        is attended to); clip_fea [B, 257, clip_dim] and y [B, in_dim - C, F, H, W] for i2v; add_condition [B, L, pose_dim].
-        Returns [B, out_dim, F, H, W].
+        x [B, C, F, H, W]; t [B] or [B, F] in [0, 1000]; context [B, <=T, text_dim] (padded with zeros to text_len,
+        padding is attended to); clip_fea [B, 257, clip_dim] and y [B, in_dim - C, F, H, W] for i2v; add_condition [B,
+        L, pose_dim]. Returns [B, out_dim, F, H, W].
         """
         tokens, grid = self.embed(x, y, add_condition)
         rope = rope_frequencies(self.config.head_dim, range(grid[0]), *grid[1:], device=x.device)
@@ -288,8 +290,8 @@ class WanModel(nn.Module):
         length = context.shape[1]
         if length > self.config.text_len or context.shape[2] != self.config.text_dim:
             raise ValueError(
-                f"prompt embeddings {tuple(context.shape[1:])} do not fit a model with at most {self.config.text_len} text "
-                f"tokens of width {self.config.text_dim}; use the text encoder of the same model folder"
+                f"prompt embeddings {tuple(context.shape[1:])} do not fit a model with at most {self.config.text_len} "
+                f"text tokens of width {self.config.text_dim}; use the text encoder of the same model folder"
             )
         return self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, self.config.text_len - length)))
 
@@ -341,7 +343,8 @@ class WanModel(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **kwargs
     ) -> Self:
-        """Load `config.json` and `diffusion_pytorch_model*.safetensors` straight to `device` in `dtype` (None: as stored).
+        """Load `config.json` and `diffusion_pytorch_model*.safetensors` straight to `device` in `dtype` (None: as
+        stored).
 
         kwargs go to the constructor. Raises FileNotFoundError or ValueError saying what is missing or does not fit.
         """

@@ -1,8 +1,8 @@
 """Rotary positions of video tokens (arXiv 2104.09864, one spectrum per axis as in Wan2.1).
 
-A head of D numbers is D/2 complex pairs: the first part turns with the frame index, the next D/2//3 with the row and the
-last D/2//3 with the column (22 + 21 + 21 pairs for D = 128). Angles are computed for the positions asked for, in float64,
-so there is no table to outgrow.
+A head of D numbers is D/2 complex pairs: the first part turns with the frame index, the next D/2//3 with the row and
+the last D/2//3 with the column (22 + 21 + 21 pairs for D = 128). Angles are computed for the positions asked for, in
+float64, so there is no table to outgrow.
 """
 
 from collections.abc import Sequence
@@ -29,14 +29,18 @@ def rope_frequencies(
     """
     num_pairs = head_dim // 2
     spatial = num_pairs // 3
-    if isinstance(frames, range) and frames.step == 1:  # made on the device: no copy from the host in a stream's inner loop
+    if isinstance(frames, range) and frames.step == 1:  # made on the device: a stream's inner loop copies nothing
         frame_positions = torch.arange(frames.start, frames.stop, device=device)
     else:
         frame_positions = torch.as_tensor(frames, device=device)
     num_frames = len(frame_positions)
     time = _axis_angles(frame_positions, num_pairs - 2 * spatial)[:, None, None, :].expand(-1, height, width, -1)
-    rows = _axis_angles(torch.arange(height, device=device), spatial)[None, :, None, :].expand(num_frames, -1, width, -1)
-    columns = _axis_angles(torch.arange(width, device=device), spatial)[None, None, :, :].expand(num_frames, height, -1, -1)
+    rows = _axis_angles(torch.arange(height, device=device), spatial)[None, :, None, :].expand(
+        num_frames, -1, width, -1
+    )
+    columns = _axis_angles(torch.arange(width, device=device), spatial)[None, None, :, :].expand(
+        num_frames, height, -1, -1
+    )
     angles = torch.cat([time, rows, columns], dim=-1).reshape(num_frames * height * width, 1, num_pairs)
     return angles.cos().float(), angles.sin().float()
 

@@ -1,8 +1,8 @@
-"""Weights between disk and modules: safetensors or .pth, loaded straight to the device, refused with the first difference."""
+"""Weights between disk and modules: safetensors or .pth, straight to the device, refused with the first difference."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of one .safetensors or (weights-only) .pt/.pth file. A damaged file raises ValueError with the way out."""
+    """All tensors of one .safetensors or (weights-only) .pt/.pth file; ValueError for a damaged one."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -20,7 +20,7 @@ def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> dict[s
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device=str(device)) as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=is_zipfile(path))
     except (SafetensorError, BadZipFile, EOFError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

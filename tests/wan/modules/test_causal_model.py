@@ -1,5 +1,7 @@
 """The causal transformer against the golden vectors, and the equivalences that define it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -143,7 +145,7 @@ def test_cache_equals_mask(per_block, window, sink, first, size):
     bounds = [0, 1] if first else [0]
     while bounds[-1] < num_frames:
         bounds.append(bounds[-1] + per_block)
-    blocks = list(zip(bounds, bounds[1:], strict=False))
+    blocks = list(pairwise(bounds))
     with torch.no_grad():
         masked = model(x, t, context, clean_x=clean)
         ring = clean_walk(model, x, clean, t, context, blocks, model.make_kv_cache(2, *size, num_frames))
@@ -202,7 +204,7 @@ def test_no_gradient_crosses_blocks():
 
 
 def test_window_rope_equals_absolute_rope_without_a_sink():
-    """Attention sees differences of positions only, so without a sink the base does not matter, however late the frame."""
+    """Attention sees differences of positions only, so without a sink the base does not matter."""
     outputs = []
     for base in ("absolute", "window"):
         model = toy_model(num_frame_per_block=2, local_attn_size=4, rope_base=base)

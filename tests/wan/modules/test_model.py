@@ -1,4 +1,4 @@
-"""The bidirectional transformer: golden vectors, diffusers as a second witness, names and shapes of the official checkpoints."""
+"""The bidirectional transformer: golden vectors, diffusers as a second witness, the official names and shapes."""
 
 import gzip
 import json
@@ -111,7 +111,7 @@ def test_positions_have_no_table_to_outgrow():
 
 
 def test_saved_and_loaded_weights_are_the_same(tmp_path):
-    tensors, config = load_golden("b_wan_t2v")
+    _, config = load_golden("b_wan_t2v")
     model = WanModel(wan_config(config))
     model.save_pretrained(tmp_path)
     loaded = WanModel.from_pretrained(tmp_path)
@@ -127,7 +127,9 @@ def test_wrong_weights_are_refused_with_the_first_difference(tmp_path):
     weights = model.state_dict()
     weights["head.head.bias"] = torch.zeros(3)
     weights["stranger"] = weights.pop("patch_embedding.bias")
-    with pytest.raises(ValueError, match=r"missing patch_embedding.bias \[8\]; unexpected stranger.*head.head.bias has \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"missing patch_embedding.bias \[8\]; unexpected stranger.*head.head.bias has \[3\]"
+    ):
         assign_weights(model, weights, "test")
     path = tmp_path / "cut.safetensors"
     save_safetensors(model.state_dict(), path)
