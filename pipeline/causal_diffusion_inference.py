@@ -71,8 +71,8 @@ class CausalDiffusionInferencePipeline:
 
         noise [B, F, C, H, W]: start noise of the frames to generate. Without it, `seeds` (one int per prompt), `height`
         and `width` (pixels, divisible by 16) and `num_frames` (latents in all, given ones included; None: without end)
-        are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video; they
-        are decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
+        are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video;
+        they are decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
         """
         vae_cache = self.vae.model.make_cache()
         for _, latents in self._walk(noise, text_prompts, **options):
