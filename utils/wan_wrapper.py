@@ -112,8 +112,11 @@ class WanDiffusionWrapper(nn.Module):
         return flow, self.scheduler.flow_to_x0(flow, noisy_image_or_video, timestep)
 
 
+MEMO_SIZE = 64  # prompts whose embeddings are kept, 4 MB each at full size in bf16
+
+
 class WanTextEncoder(nn.Module):
-    """umT5: prompts -> embeddings [B, T, text_dim], memoised by prompt when used without gradient.
+    """umT5: prompts -> embeddings [B, T, text_dim]; `forward` remembers those of the last prompts.
 
     offload: leave the GPU after encoding ("always"), stay ("never"), or leave when the GPU holds less than 48 GB
     ("auto"): at full size the encoder takes 11.4 GB in bf16, four times the 1.3B transformer.
@@ -157,7 +160,12 @@ class WanTextEncoder(nn.Module):
             if self.offload:
                 self.model.to("cpu")
                 torch.cuda.empty_cache()
-        return torch.stack([self._memo[prompt] for prompt in text_prompts])
+        for prompt in text_prompts:  # the newest at the end: the negative prompt, always asked for, never leaves
+            self._memo[prompt] = self._memo.pop(prompt)
+        embeds = torch.stack([self._memo[prompt] for prompt in text_prompts])
+        for prompt in list(self._memo)[:-MEMO_SIZE]:
+            del self._memo[prompt]
+        return embeds
 
 
 def should_offload(offload: str, device: torch.device) -> bool:
@@ -190,9 +198,10 @@ class WanVAEWrapper(nn.Module):
         self.latents_per_chunk = latents_per_chunk
         self.cache: VAECache | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+    def _to_model(self, x: Tensor) -> Tensor:
+        """[B, F, C, H, W] -> [B, C, F, H, W], on the VAE's device and in its dtype."""
+        weight = next(self.model.parameters())
+        return x.transpose(1, 2).to(weight.device, weight.dtype)
 
     def reset_cache(self) -> None:
         """Forget the video that `decode_to_pixel(..., use_cache=True)` is in the middle of."""
@@ -200,11 +209,13 @@ class WanVAEWrapper(nn.Module):
 
     @torch.no_grad()
     def encode_to_latent(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 1 + 4n, 3, 8H, 8W] in [-1, 1] -> normalised latents [B, 1 + n, C, H, W], float32."""
-        cache, stride = self.model.make_cache(), self.model.temporal_stride
-        video, chunk = pixels.transpose(1, 2), stride * self.latents_per_chunk
-        bounds = [0, *range(1, video.shape[2], chunk), video.shape[2]]
-        latents = [self.model.encode(video[:, :, start:stop].to(self.dtype), cache) for start, stop in pairwise(bounds)]
+        """Pixels [B, 1 + 4n, 3, 8H, 8W] in [-1, 1] -> normalised latents [B, 1 + n, C, H, W], float32.
+
+        The pixels may lie on another device: they come over chunk by chunk.
+        """
+        cache, num_frames = self.model.make_cache(), pixels.shape[1]
+        bounds = [0, *range(1, num_frames, self.model.temporal_stride * self.latents_per_chunk), num_frames]
+        latents = [self.model.encode(self._to_model(pixels[:, start:stop]), cache) for start, stop in pairwise(bounds)]
         return torch.cat(latents, dim=2).transpose(1, 2).float()
 
     @torch.no_grad()
@@ -216,7 +227,7 @@ class WanVAEWrapper(nn.Module):
         """
         if cache is None:
             cache = (self.cache if use_cache else None) or self.model.make_cache()
-        chunks = latents.transpose(1, 2).to(self.dtype).split(self.latents_per_chunk, dim=2)
+        chunks = self._to_model(latents).split(self.latents_per_chunk, dim=2)
         pixels = torch.cat([self.model.decode(chunk, cache).float() for chunk in chunks], dim=2)
         if use_cache:
             self.cache = cache
