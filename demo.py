@@ -25,6 +25,7 @@ from torch import Tensor
 from utils.config import Config, load_config
 from utils.distributed import resolve_device
 from utils.errors import MissingPackageError, plain_errors, user_message
+from utils.prompts import video_seed
 from utils.video import to_uint8
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class Studio:
             self.pipeline.sampling_steps = steps
             for pixels in self.pipeline.stream(
                 text_prompts=[prompt],
-                seeds=[seed],
+                seeds=[video_seed(seed, prompt)],  # the video that inference.py makes of the same words and seed
                 num_frames=self.latent_frames(seconds),
                 height=self.config.height,
                 width=self.config.width,

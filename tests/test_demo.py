@@ -1,5 +1,7 @@
 """The demo's studio: frames while they are made, Stop then Start, empty and repeated prompts, two tabs."""
 
+import hashlib
+import json
 import re
 import threading
 import time
@@ -8,8 +10,11 @@ from itertools import islice
 import pytest
 import torch
 
+import demo
+import inference
 from demo import Studio, build_page
 from utils.config import load_config
+from utils.prompts import video_seed
 
 
 class FakePipeline:
@@ -58,7 +63,7 @@ def test_frames_arrive_one_by_one_as_pictures(studio):
         re.fullmatch(r'<img [^>]*src="data:image/jpeg;base64,[A-Za-z0-9+/=]+">', picture) for picture in pictures
     )
     assert shown[-1][1] == "Done: 21 frames."
-    assert studio.pipeline.calls == [("a puppet waves", 3, 5, 6)]
+    assert studio.pipeline.calls == [("a puppet waves", video_seed(3, "a puppet waves"), 5, 6)]
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", None])
@@ -140,10 +145,17 @@ def test_the_page_serves_frames_to_a_client_on_this_machine_only(studio):
         page.close()
 
 
-def test_a_real_model_streams(tiny_model_folder):
+def test_a_real_model_shows_what_inference_writes(tiny_model_folder, tmp_path, monkeypatch):
     from pipeline.build import build_pipeline
 
-    config = load_config("configs/puppet_tiny.yaml", [f"model_name={tiny_model_folder}", "height=32", "width=32"])
+    frames = []
+    monkeypatch.setattr(demo, "jpeg_html", lambda frame: frames.append(frame) or "")
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "num_output_frames=6", "sampling_steps=2"]
+    config = load_config("configs/puppet_tiny.yaml", settings)
     studio = Studio(build_pipeline(config, "cpu"), config)
-    shown = list(studio.watch("a red puppet waves", seed=0, steps=2, seconds=1))
+    shown = list(studio.watch(" a red puppet waves", seed=3, steps=2, seconds=1))
     assert shown[-1][1] == "Done: 21 frames."
+    command = ["--prompt", "a red puppet waves", "--seed", "3", "--output_folder", str(tmp_path)]
+    assert inference.main([*command, *settings]) == 0
+    written = json.loads((tmp_path / "metadata.jsonl").read_text())["fingerprint"]
+    assert hashlib.sha256(torch.stack(frames).numpy()).hexdigest().startswith(written)
