@@ -74,7 +74,7 @@ def denoise_path(
     generator: WanDiffusionWrapper, path: Path, block: FrameBlock, x: Tensor, t: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Flow and x0 of a block [B, f, C, H, W] at one time t, in the path's context. Moves nothing."""
-    timestep = torch.as_tensor(t, device=x.device).float().expand(x.shape[:2])
+    timestep = torch.zeros(x.shape[:2], device=x.device) + t  # no copy of a number: it would wait for the device
     return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
 
 

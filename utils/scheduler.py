@@ -25,7 +25,9 @@ class FlowMatchScheduler:
 
     def sigma(self, t: Tensor | float, like: Tensor) -> Tensor:
         """t / 1000 in float32, with trailing axes so that it multiplies `like`."""
-        sigma = torch.as_tensor(t, device=like.device).float() / self.num_train_timesteps
+        if not isinstance(t, Tensor):  # filled on the device: a copy would wait for it, once in every step of a stream
+            t = torch.full((), t, dtype=torch.float32, device=like.device)
+        sigma = t.to(like.device).float() / self.num_train_timesteps
         return sigma.reshape(*sigma.shape, *[1] * (like.dim() - sigma.dim()))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:

@@ -1,5 +1,6 @@
 """The pipeline against golden rollouts, and the promises of a stream."""
 
+import gc
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -10,10 +11,12 @@ import torch
 
 import pipeline.causal_diffusion_inference as module
 from pipeline import CausalDiffusionInferencePipeline, rollout
+from pipeline.build import build_pipeline
 from pipeline.rollout import FrameBlock, plan_blocks
 from pipeline.samplers import SampleNoise
 from tests.golden_data import below, load_golden, wan_config
 from tests.wan.modules.test_causal_model import TOY
+from utils.config import load_config
 from utils.scheduler import FlowMatchScheduler
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.weights import assign_weights
@@ -212,6 +215,48 @@ def test_a_stream_may_be_dropped_and_begun_again():
     assert torch.equal(next(second), begun)
     with pytest.raises(RuntimeError, match="newer stream"):
         next(first)
+
+
+@pytest.mark.parametrize("rope_base", ["absolute", "window"])
+def test_a_stream_copies_no_number_to_the_device(rope_base, monkeypatch):
+    """On CUDA such a copy waits for everything before it; the test below sees it, this one needs no GPU."""
+    pipeline = toy_pipeline(window=5, sink=1)
+    pipeline.generator.model.rope_base = rope_base
+    stream = pipeline.stream(text_prompts=["a"], seeds=[1], **SIZE)
+    next(stream)
+    for maker in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, maker, lambda *_, **__: pytest.fail("a tensor is made of host numbers"))
+    assert len(list(islice(stream, 5))) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rope_base", ["absolute", "window"])
+def test_a_stream_never_waits_for_the_device(rope_base):
+    pipeline = toy_pipeline(window=5, sink=1)
+    pipeline.generator.cuda().model.rope_base = rope_base
+    stream = pipeline.stream(text_prompts=["a"], seeds=[1], **SIZE)
+    next(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(islice(stream, 5))) == 5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def bytes_of_all_tensors() -> int:
+    gc.collect()
+    return sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
+
+
+def test_three_hundred_blocks_in_constant_memory(tiny_model_folder):
+    """Key/value ring, VAE cache, prompt memory and the walk itself: nothing grows."""
+    settings = [f"model_name={tiny_model_folder}", "height=16", "width=16", "denoising_step_list=[1000]"]
+    pipeline = build_pipeline(load_config(overrides=[*settings, "model_kwargs.local_attn_size=6"]), "cpu")
+    stream = pipeline.stream(text_prompts=["a puppet"], seeds=[0], height=16, width=16)
+    assert next(stream).shape == (1, 9, 3, 16, 16)
+    sizes = [bytes_of_all_tensors() for index, _ in enumerate(islice(stream, 299)) if index in (2, 150, 298)]
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert pipeline.kv_cache_pos.start_frame == 3 * 299  # the newest block is remembered when the next one is asked for
 
 
 def test_guidance_of_one_walks_one_path():

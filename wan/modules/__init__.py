@@ -1,1 +1,1 @@
-"""The networks' parts: causal_model > model > kv_cache, attention, masks, rope; vae; text_encoder; clip; > weights."""
+"""The networks' parts: causal_model > model > kv_cache, attention, rope > masks; vae; text_encoder; clip; > weights."""

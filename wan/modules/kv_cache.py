@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .masks import check_window, visible_ranges
+from .masks import check_window, runs, visible_ranges
 
 
 @dataclass(eq=False)
@@ -135,12 +135,12 @@ class KVContext:
             if self._reads_in_place():
                 length = (len(self._past) + len(self._own)) * self._cache.frame_seqlen
                 return keys[:, :length], values[:, :length]
-        past = list(_runs(self._past))
+        past = list(runs(self._past))
         return self._join(keys, past, key), self._join(values, past, value)
 
     def _write(self, slab: Tensor, block: Tensor) -> None:
         done = 0
-        for first, last in _runs(self._own):
+        for first, last in runs(self._own):
             first, last = first * self._cache.frame_seqlen, last * self._cache.frame_seqlen
             slab[:, first:last] = block[:, done : done + last - first]
             done += last - first
@@ -148,12 +148,3 @@ class KVContext:
     def _join(self, slab: Tensor, past: list[tuple[int, int]], block: Tensor) -> Tensor:
         size = self._cache.frame_seqlen
         return torch.cat([slab[:, first * size : last * size].detach() for first, last in past] + [block], dim=1)
-
-
-def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive slots as half-open ranges: [0, 4, 5, 6, 1] -> (0, 1), (4, 7), (1, 2)."""
-    start = 0
-    for i in range(1, len(slots) + 1):
-        if i == len(slots) or slots[i] != slots[i - 1] + 1:
-            yield slots[start], slots[i - 1] + 1
-            start = i

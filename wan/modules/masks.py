@@ -1,5 +1,6 @@
 """Who may look at whom: the block-causal mask, drawn once per frame and used by every attention kernel."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -110,6 +111,15 @@ def visible_ranges(stop: int, local_attn_size: int, sink_size: int) -> list[tupl
         return [(0, stop)]
     newest = (stop - (local_attn_size - sink_size), stop)
     return [(0, sink_size), newest] if sink_size else [newest]
+
+
+def runs(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Consecutive indices as half-open ranges: [0, 4, 5, 6, 1] -> (0, 1), (4, 7), (1, 2)."""
+    start = 0
+    for i in range(1, len(frames) + 1):
+        if i == len(frames) or frames[i] != frames[i - 1] + 1:
+            yield frames[start], frames[i - 1] + 1
+            start = i
 
 
 @lru_cache(maxsize=4)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .masks import runs
+
 _BASE = 10000.0
 
 
@@ -20,7 +22,7 @@ def _axis_angles(positions: Tensor, num_pairs: int) -> Tensor:
 
 
 def rope_frequencies(
-    head_dim: int, frames: Sequence[int] | Tensor, height: int, width: int, device: torch.device | str = "cpu"
+    head_dim: int, frames: Sequence[int], height: int, width: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines for the tokens of the given frames, ordered frame, row, column.
 
@@ -29,10 +31,8 @@ def rope_frequencies(
     """
     num_pairs = head_dim // 2
     spatial = num_pairs // 3
-    if isinstance(frames, range) and frames.step == 1:  # made on the device: a stream's inner loop copies nothing
-        frame_positions = torch.arange(frames.start, frames.stop, device=device)
-    else:
-        frame_positions = torch.as_tensor(frames, device=device)
+    # Made on the device, run by run: a stream's inner loop copies nothing to it, which would wait for it.
+    frame_positions = torch.cat([torch.arange(first, last, device=device) for first, last in runs(frames)])
     num_frames = len(frame_positions)
     time = _axis_angles(frame_positions, num_pairs - 2 * spatial)[:, None, None, :].expand(-1, height, width, -1)
     rows = _axis_angles(torch.arange(height, device=device), spatial)[None, :, None, :].expand(
