@@ -104,7 +104,8 @@ class Trainer(ABC):
     def train(self, *, save: bool = True, visualize: bool = True) -> None:
         """Run to the end, from where the run folder stands. save: write states and the export; visualize: evaluate."""
         self.resume()
-        self.start()
+        if not self.finished():
+            self.start()
         settings = self.config.logging
         log_step, log_time, saved = self.step, time.monotonic(), self.clock
         while not self.finished():
@@ -226,9 +227,7 @@ class Trainer(ABC):
         """Evaluate the averaged weights and log the result."""
         if self.tracker is None:
             return
-        # Eager: evaluation has other shapes, and compiling them would cost more than they take.
-        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
-        with self.averaged_weights(), torch.no_grad(), eager:
+        with self.averaged_weights(), torch.no_grad():
             metrics = self.evaluate()
         if metrics:
             numbers = self.tracker.log({f"eval/{name}": value for name, value in metrics.items()}, self.step)
@@ -297,7 +296,7 @@ class Trainer(ABC):
             )
         for player in self.players:
             self._load_player(player, state.tensors)
-        self.step = state.facts["step"]
+        self.step = self.last_look = state.facts["step"]
         self.clock = self.clock_before = state.facts["seconds"]
         if state.facts["config_hash"] != config_hash(self.config):
             logger.info("settings differ from those of the saved run; the new ones hold from step %d", self.step)

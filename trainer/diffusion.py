@@ -1,7 +1,6 @@
 """Flow matching on puppet latents: the many-step causal model, or its bidirectional teacher."""
 
 import logging
-import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from utils.checkpoint import has_training_state, load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import PuppetLatents
-from utils.distributed import Rngs, SampleRngs, barrier, mix_seed
+from utils.distributed import Rngs, SampleRngs, barrier
 from utils.video import contact_sheet
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (
@@ -34,13 +33,13 @@ from wan.modules.text_encoder import TextTokenizer, encode, load_umt5, new_umt5,
 from wan.modules.vae import load_vae
 from world.captions import captions
 from world.puppet import sample_scenes
-from world.render import Painter
 from world.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 4  # videos on the contact sheet
-NUM_EVAL_CLIPS = 16  # held-out clips that the loss is measured on
+SAMPLE_SCENES_FROM = 32  # their first held-out scene
+NUM_EVAL_SAMPLES = 16  # held-out clips that the loss is measured on, rounded up to whole batches
 EVAL_STEP = 2**40  # the held-out loss draws its noise as this step: no training step ever
 
 
@@ -65,6 +64,10 @@ class DiffusionTrainer(Trainer):
         self.generator = self.build_generator()
         self.tokenizer = TextTokenizer(find_model_file(self.folder, TOKENIZER_FOLDERS), self.model_config.text_len)
         self.text_encoder = self.build_text_encoder()
+        self.negative_tokens = self.tokenize([config.negative_prompt])
+        vae = find_model_file(self.folder, VAE_FILES)
+        self.latent_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.vae = load_vae(vae, device=self.device, dtype=self.latent_dtype)
         self.data = self.build_data("train", self.ranks.rank, config.data.pool_size, config.data.min_fill)
         self.eval_data: PuppetLatents | None = None
         self.objective = CausalDiffusion(
@@ -98,14 +101,15 @@ class DiffusionTrainer(Trainer):
                 if file.is_file():
                     shutil.copyfile(file, self.folder / file.name)
         tokenizer = self.folder / TOKENIZER_FOLDERS[0]
-        if tokenizer.is_dir():
+        if resuming and tokenizer.is_dir():
             return
         if data.tokenizer_folder:
-            shutil.copytree(data.tokenizer_folder, tokenizer)
+            shutil.copytree(data.tokenizer_folder, tokenizer, dirs_exist_ok=True)
         elif config.from_scratch:
             train_tokenizer(tokenizer, max_length=self.model_config.text_len)
         else:
-            shutil.copytree(find_model_file(find_model_folder(config.model_name), TOKENIZER_FOLDERS), tokenizer)
+            source = find_model_file(find_model_folder(config.model_name), TOKENIZER_FOLDERS)
+            shutil.copytree(source, tokenizer, dirs_exist_ok=True)
 
     def build_generator(self) -> WanDiffusionWrapper:
         config = self.config
@@ -148,13 +152,9 @@ class DiffusionTrainer(Trainer):
 
     def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
         config = self.config
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        if not hasattr(self, "encode_video"):
-            vae = load_vae(find_model_file(self.folder, VAE_FILES), device=self.device, dtype=dtype)
-            self.encode_video = vae.encode
-            self.painter = Painter()
         return PuppetLatents(
-            lambda pixels: self.encode_video(pixels.transpose(1, 2).to(dtype)).transpose(1, 2),
+            lambda pixels: self.vae.encode(pixels.transpose(1, 2).to(self.latent_dtype)).transpose(1, 2),
+            self.tokenizer,
             seed=config.seed,
             rank=rank,
             num_latent_frames=config.num_training_frames,
@@ -164,8 +164,7 @@ class DiffusionTrainer(Trainer):
             refresh_per_step=config.data.refresh_per_step,
             chunk_size=config.data.encode_batch_size,
             device=self.device,
-            dtype=dtype,
-            painter=self.painter,
+            dtype=self.latent_dtype,
             split=split,
         )
 
@@ -178,38 +177,53 @@ class DiffusionTrainer(Trainer):
         self.data.advance(self.step)
 
     def prepare(self, rngs: SampleRngs) -> Batch:
-        latents, prompts = self.data.draw(rngs.step, rngs.samples)
-        coins = (random.Random(mix_seed(self.config.seed, rngs.step, i, 1)) for i in rngs.samples)
-        share, negative = self.config.data.text_dropout, self.config.negative_prompt
-        prompts = [negative if coin.random() < share else p for coin, p in zip(coins, prompts, strict=True)]
-        return Batch(latents, Conditioning(self.embed(prompts)))
+        latents, ids, mask = self.data.draw(rngs)
+        dropped = rngs.rand(1) < self.config.data.text_dropout
+        ids, mask = (
+            torch.where(dropped, none, some) for none, some in zip(self.negative_tokens, (ids, mask), strict=True)
+        )
+        return Batch(latents, Conditioning(encode(self.text_encoder, ids, mask)))
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> [B, T, text_dim], with the text encoder as it is now; differentiable when it learns."""
+        """Prompts -> [B, T, text_dim], with the text encoder as it is now."""
+        return encode(self.text_encoder, *self.tokenize(prompts))
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask, int64 [B, T] each, on the device."""
         ids, mask = self.tokenizer(list(prompts))
-        ids, mask = ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
-        return encode(self.text_encoder, ids, mask)
+        return ids.to(self.device), mask.to(self.device)
 
     # --- how it is judged and handed over ---
 
     def evaluate(self) -> dict[str, Tensor]:
         """Loss on held-out puppets with fixed noise; and a contact sheet of samples in the run folder."""
-        size = self.config.data.encode_batch_size
+        batch_size, chunk = self.config.batch_size, self.config.data.encode_batch_size
         if self.eval_data is None:
-            wanted = -(-NUM_EVAL_CLIPS // size) * size
+            wanted = -(-NUM_EVAL_SAMPLES // chunk) * chunk
             self.eval_data = self.build_data("heldout", 0, wanted, wanted)
             self.eval_data.fill(0)
-        rngs = SampleRngs(Rngs(self.config.seed, EVAL_STEP, self.device), range(NUM_EVAL_CLIPS))
-        latents, prompts = self.eval_data.draw(EVAL_STEP, rngs.samples)
-        with self.autocast():
-            loss, details = self.objective.loss(Batch(latents, Conditioning(self.embed(prompts))), rngs)
+        rngs = Rngs(self.config.seed, EVAL_STEP, self.device)
+        batches = [range(i, i + batch_size) for i in range(0, NUM_EVAL_SAMPLES, batch_size)]
+        metrics: dict[str, Tensor] = {}
+        for samples in batches:
+            for name, value in self.held_out_loss(SampleRngs(rngs, samples)).items():
+                metrics[name] = metrics.get(name, 0) + value / len(batches)
         self.sample(self.run_dir / "samples" / f"step_{self.step:06d}.png")
-        return {"loss": loss, **details}
+        return metrics
+
+    @torch.enable_grad()
+    def held_out_loss(self, rngs: SampleRngs) -> dict[str, Tensor]:
+        """Loss of one batch. In shape and with gradient as in training: what was compiled for that serves here too."""
+        latents, ids, mask = self.eval_data.draw(rngs)
+        with self.autocast():
+            prompt_embeds = encode(self.text_encoder, ids, mask)
+            loss, details = self.objective.loss(Batch(latents, Conditioning(prompt_embeds)), rngs)
+        return {"loss": loss.detach(), **details}
 
     def sample(self, path: Path) -> None:
         """A contact sheet of held-out prompts, with the inference pipeline."""
         config = self.config
-        scenes = sample_scenes(NUM_SAMPLES, config.seed, "heldout", start=2 * NUM_EVAL_CLIPS)
+        scenes = sample_scenes(NUM_SAMPLES, config.seed, "heldout", start=SAMPLE_SCENES_FROM)
         prompts = captions(scenes, config.seed, full=True)
         options = {"solver": config.solver, "sampling_steps": config.sampling_steps}
         options |= {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
@@ -222,13 +236,15 @@ class DiffusionTrainer(Trainer):
                 "context_noise": config.context_noise,
             }
         vae = WanVAEWrapper(str(self.folder), device=self.device)
-        videos = pipeline_class(self.generator, self.embed, vae, **options).inference(
-            text_prompts=prompts,
-            seeds=[config.seed + i for i in range(NUM_SAMPLES)],
-            num_frames=config.num_training_frames,
-            height=config.height,
-            width=config.width,
-        )
+        pipeline = pipeline_class(self.generator, self.embed, vae, **options)
+        with torch.compiler.set_stance("force_eager"):  # sampling has other shapes: compiling them costs more
+            videos = pipeline.inference(
+                text_prompts=prompts,
+                seeds=[config.seed + i for i in range(NUM_SAMPLES)],
+                num_frames=config.num_training_frames,
+                height=config.height,
+                width=config.width,
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(path, list(videos), prompts)
 

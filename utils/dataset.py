@@ -1,17 +1,16 @@
 """Training data: endless puppet clips, rendered and encoded while the run goes on."""
 
 import logging
-import random
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from utils.distributed import mix_seed
+from utils.distributed import SampleRngs, mix_seed
 from world.captions import captions
 from world.puppet import sample_scenes
-from world.render import Painter, render
+from world.render import render
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class PuppetLatents:
     def __init__(
         self,
         encode: Callable[[Tensor], Tensor],
+        tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
         *,
         seed: int,
         rank: int,
@@ -46,10 +46,11 @@ class PuppetLatents:
         chunk_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
-        painter: Painter | None = None,
         split: str = "train",
     ):
-        """encode: pixels [B, F_px, 3, size, size] in [-1, 1] -> latents [B, F, C, h, w]; size: side of a frame."""
+        """encode: pixels [B, F_px, 3, size, size] in [-1, 1] -> latents [B, F, C, h, w]; size: side of a frame.
+        tokenize: prompts -> ids and mask, int64 [B, T] each, of one length T; done once per caption, not once per draw.
+        """
         if pool_size % chunk_size:
             raise ValueError(
                 f"data.pool_size {pool_size} is no multiple of data.encode_batch_size {chunk_size}; "
@@ -57,13 +58,13 @@ class PuppetLatents:
             )
         if not 0 < min_fill <= pool_size:
             raise ValueError(f"data.min_fill is {min_fill}; it lies between 1 and data.pool_size = {pool_size}")
-        self.encode, self.painter, self.split = encode, painter, split
+        self.encode, self.tokenize, self.split = encode, tokenize, split
         self.seed, self.first_clip = seed, rank * CLIPS_PER_RANK
         self.num_frames, self.size = 1 + 4 * (num_latent_frames - 1), size
         self.pool_size, self.min_fill, self.refresh_per_step = pool_size, min_fill, refresh_per_step
         self.chunk_size, self.device, self.dtype = chunk_size, device, dtype
         self.latents: Tensor | None = None  # [pool_size, F, C, h, w]
-        self.captions: list[list[str]] = [[] for _ in range(pool_size)]
+        self.tokens: Tensor | None = None  # int32 [pool_size, CAPTIONS_PER_CLIP, 2, T]: ids and mask
         self.oldest_chunk = self.num_chunks = 0  # the pool holds (some of) the chunks oldest_chunk .. num_chunks - 1
 
     def __len__(self) -> int:
@@ -89,13 +90,13 @@ class PuppetLatents:
             self._make_chunk(self.num_chunks)
             self.num_chunks += 1
 
-    def draw(self, step: int, samples: range) -> tuple[Tensor, list[str]]:
-        """Latents [B, F, C, h, w] and captions of the given samples of a step: any clip, any of its captions."""
-        rngs = [random.Random(mix_seed(self.seed, self.first_clip, step, i)) for i in samples]
+    def draw(self, rngs: SampleRngs) -> tuple[Tensor, Tensor, Tensor]:
+        """For every sample any clip and any of its captions: latents [B, F, C, h, w], ids and mask, int64 [B, T]."""
+        clip, caption = rngs.rand(2).unbind(1)
         newest = self.num_chunks * self.chunk_size - 1
-        clips = [(newest - rng.randrange(len(self))) % self.pool_size for rng in rngs]
-        prompts = [rng.choice(self.captions[clip]) for rng, clip in zip(rngs, clips, strict=True)]
-        return self.latents[torch.tensor(clips, device=self.device)], prompts
+        clips = (newest - (clip * len(self)).long()) % self.pool_size
+        ids, mask = self.tokens[clips, (caption * CAPTIONS_PER_CLIP).long()].long().unbind(1)
+        return self.latents[clips], ids, mask
 
     def _chunks_at(self, step: int) -> int:
         return -(-(self.min_fill + step * self.refresh_per_step) // self.chunk_size)
@@ -104,12 +105,14 @@ class PuppetLatents:
     def _make_chunk(self, chunk: int) -> None:
         first = self.first_clip + chunk * self.chunk_size
         scenes = sample_scenes(self.chunk_size, self.seed, self.split, start=first, device=self.device)
-        pixels = render(scenes, self.num_frames, size=self.size, painter=self.painter)
-        latents = self.encode(pixels).to(self.dtype)
+        told = scenes.to("cpu")  # before the rendering is queued: the host words captions while the device renders
+        latents = self.encode(render(scenes, self.num_frames, size=self.size)).to(self.dtype)
+        variants = [captions(told, mix_seed(self.seed, first, v)) for v in range(CAPTIONS_PER_CLIP)]
+        ids_and_mask = torch.stack(self.tokenize([text for texts in variants for text in texts]), dim=1)
+        tokens = ids_and_mask.int().unflatten(0, (CAPTIONS_PER_CLIP, self.chunk_size)).transpose(0, 1)
         if self.latents is None:
-            self.latents = torch.zeros(self.pool_size, *latents.shape[1:], dtype=self.dtype, device=self.device)
+            self.latents = latents.new_zeros(self.pool_size, *latents.shape[1:])
+            self.tokens = torch.zeros(self.pool_size, *tokens.shape[1:], dtype=tokens.dtype, device=self.device)
         place = chunk * self.chunk_size % self.pool_size
         self.latents[place : place + self.chunk_size] = latents
-        scenes = scenes.to("cpu")
-        variants = [captions(scenes, mix_seed(self.seed, first, v)) for v in range(CAPTIONS_PER_CLIP)]
-        self.captions[place : place + self.chunk_size] = [list(of_clip) for of_clip in zip(*variants, strict=True)]
+        self.tokens[place : place + self.chunk_size] = tokens.to(self.device)

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from world.hashing import hash_int, hash_tensor
+from world.hashing import uniform as to_uniform
+
 CANVAS = 128
 FPS = 16
 FLOOR = 113.0  # y of the ground under the soles
@@ -117,7 +120,7 @@ def sample_scenes(
 
     def uniform(stream: int, count: int = 1) -> Tensor:
         counter = torch.arange(count, device=device, dtype=torch.int64)
-        return _uniform(_hash(_hash(index + _mix(seed))[:, None] + _mix(stream) + counter))
+        return to_uniform(hash_tensor(hash_tensor(index + hash_int(seed))[:, None] + hash_int(stream) + counter))
 
     def choice(stream: int, options: int) -> Tensor:
         return (uniform(stream)[:, 0] * options).long()
@@ -175,12 +178,12 @@ def is_heldout(body: Tensor, background: Tensor, action: Tensor, prop: Tensor, p
     """Whether a combination of attributes belongs to the held-out tenth; fixed for ever by a hash, not by a seed."""
     look = torch.where(prop == 0, 0, prop * len(BODY_COLOURS) + prop_colour + 1)
     key = ((body * len(BACKGROUNDS) + background) * len(ACTIONS) + action) * 64 + look
-    return _hash(key + _mix(0x5CE7E)) % HELDOUT_EVERY == 0
+    return hash_tensor(key + hash_int(0x5CE7E)) % HELDOUT_EVERY == 0
 
 
 def is_heldout_style(arms: Tensor, other_arm: Tensor, legs: Tensor) -> Tensor:
     """Whether a style of improvised motion (4 x 4 x 3 of them) is held out."""
-    return _hash((arms * 4 + other_arm) * 3 + legs + _mix(0x57113)) % HELDOUT_STYLES_EVERY == 0
+    return hash_tensor((arms * 4 + other_arm) * 3 + legs + hash_int(0x57113)) % HELDOUT_STYLES_EVERY == 0
 
 
 def _improvised_motion(uniform, split: str) -> tuple[Tensor, Tensor]:
@@ -223,33 +226,6 @@ def _proportions(u: Tensor) -> Tensor:
     shrink = (_MAX_HEIGHT / height).clamp(max=1.0)
     factors[:, :4] *= shrink[:, None]
     return factors
-
-
-def _mix(value: int) -> int:
-    """splitmix64 of a Python int, as a signed 64-bit number (Steele, Lea and Flood, OOPSLA 2014)."""
-    mask = (1 << 64) - 1
-    z = (value + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    z ^= z >> 31
-    return z - (1 << 64) if z >> 63 else z
-
-
-def _hash(key: Tensor) -> Tensor:
-    """splitmix64 on int64 tensors (multiplication wraps), shifted to be non-negative."""
-
-    def shift(x: Tensor, bits: int) -> Tensor:  # logical: int64 >> keeps the sign
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-    z = key + (0x9E3779B97F4A7C15 - (1 << 64))
-    z = (z ^ shift(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    z = (z ^ shift(z, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return shift(z ^ shift(z, 31), 1)
-
-
-def _uniform(hashed: Tensor) -> Tensor:
-    """[0, 1) from the upper 24 of 63 bits: exact in float32, so every device agrees."""
-    return (hashed >> 39).float() / (1 << 24)
 
 
 # ---- motion ----

@@ -143,6 +143,30 @@ def test_session_and_run_end_on_time(tmp_path: Path):
     assert load_training_state(tmp_path).facts["seconds"] >= 1
 
 
+def test_a_resumed_run_looks_at_the_clock_in_time(tmp_path: Path):
+    run(tmp_path, "max_steps=1000", "logging.log_iters=1000")
+    trainer = ToyTrainer(toy_config("max_steps=1002", "logging.log_iters=1000"), ALONE, tmp_path)
+    trainer.started -= 60  # this session took a minute to fill its pool and to compile
+    trainer.train(save=False)
+    assert trainer.last_look == 1002  # not "60 s for 1,001 steps"
+
+
+def test_a_finished_run_starts_nothing(tmp_path: Path):
+    class Starts(ToyTrainer):
+        started_at = None
+
+        def start(self):
+            self.started_at = self.step
+
+    run(tmp_path, "max_steps=2")
+    trainer = Starts(toy_config("max_steps=2"), ALONE, tmp_path)
+    trainer.train()
+    assert trainer.started_at is None
+    trainer = Starts(toy_config("max_steps=3"), ALONE, tmp_path)
+    trainer.train()
+    assert trainer.started_at == 2
+
+
 def test_no_save_writes_no_state(tmp_path: Path):
     ToyTrainer(toy_config("max_steps=2"), ALONE, tmp_path, None).train(save=False)
     assert load_training_state(tmp_path) is None

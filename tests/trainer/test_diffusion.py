@@ -12,7 +12,7 @@ from trainer.vae import VAETrainer
 from utils.checkpoint import load_training_state
 from utils.conditioning import Conditioning
 from utils.config import ConfigError, load_config
-from utils.distributed import Ranks, SampleRngs
+from utils.distributed import Ranks, Rngs, SampleRngs
 from utils.tracking import Tracker
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 from wan.configs import WAN_CONFIGS, WanConfig
@@ -53,7 +53,7 @@ def toy_sizes(monkeypatch):
     sizes = {"dim": 16, "ffn_dim": 32, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4, "freq_dim": 16}
     monkeypatch.setitem(WAN_CONFIGS, "toy", WanConfig(**sizes, text_dim=16, text_len=24))
     monkeypatch.setattr("trainer.diffusion.NUM_SAMPLES", 1)
-    monkeypatch.setattr("trainer.diffusion.NUM_EVAL_CLIPS", 2)
+    monkeypatch.setattr("trainer.diffusion.NUM_EVAL_SAMPLES", 2)
     monkeypatch.setattr("trainer.diffusion.train_tokenizer", small_tokenizer)
 
 
@@ -151,11 +151,32 @@ def test_an_exported_model_is_trained_further(tmp_path: Path, vae_folder: Path):
     assert WanTextEncoder(str(tmp_path / "third" / "export"))(["a puppet"]).shape == (1, 24, 16)
 
 
+def test_a_kill_while_the_tokenizer_is_copied_leaves_no_torn_one(tmp_path: Path, vae_folder: Path):
+    (tmp_path / "export" / "tokenizer").mkdir(parents=True)  # as far as the copy came
+    trainer = make_trainer(tmp_path, vae_folder, "max_steps=1")
+    assert trainer.tokenizer(["a puppet"])[1].sum() == 3
+
+
+def test_evaluation_has_the_shape_and_the_gradient_of_training(tmp_path: Path, vae_folder: Path, monkeypatch):
+    """Else torch.compile would compile again, or flex-attention run eagerly and hold every score."""
+    monkeypatch.setattr("trainer.diffusion.NUM_EVAL_SAMPLES", 3)
+    trainer = make_trainer(tmp_path, vae_folder, "max_steps=1")
+    seen = []
+    loss = trainer.objective.loss
+
+    def spy(batch, rngs):
+        embeds = batch.conditioning.prompt_embeds
+        seen.append((batch.clean_latent.shape, embeds.requires_grad, torch.is_grad_enabled()))
+        return loss(batch, rngs)
+
+    trainer.objective.loss = trainer.players[0].loss = spy
+    trainer.train(save=False)
+    assert len(seen) == 3 and len(set(seen)) == 1  # one training pass; two batches of 2 hold the 3 held-out samples
+
+
 def test_dropped_prompts_are_the_negative_prompt(tmp_path: Path, vae_folder: Path):
     trainer = make_trainer(tmp_path, vae_folder, "max_steps=1", "data.text_dropout=1", "negative_prompt=nothing")
     trainer.start()
-    from utils.distributed import Rngs
-
     batch = trainer.prepare(SampleRngs(Rngs(0, 0, torch.device("cpu")), range(2)))
     expected = trainer.embed(["nothing", "nothing"])
     torch.testing.assert_close(batch.conditioning.prompt_embeds, expected)

@@ -17,20 +17,33 @@ def test_a_sample_draws_the_same_wherever_it_is_computed():
 
 def test_steps_samples_streams_and_seeds_differ():
     draws = {
-        Rngs(seed, step, CPU, stream).sample(sample).initial_seed()
+        SampleRngs(Rngs(seed, step, CPU, stream), range(sample, sample + 1)).rand(1).item()
         for seed in range(3)
         for step in range(3)
         for stream in range(3)
         for sample in range(3)
     }
     assert len(draws) == 81
-    assert Rngs(0, 0, CPU).shared.initial_seed() not in draws
+    assert len({Rngs(0, step, CPU).shared.initial_seed() for step in range(9)}) == 9
 
 
 def test_consecutive_draws_of_a_batch_differ():
     rngs = SampleRngs(Rngs(0, 0, CPU), range(2))
     assert not torch.equal(rngs.randn(4), rngs.randn(4))
     assert rngs.rand(3).shape == (2, 3)
+    assert rngs.randn(3, 1).shape == (2, 3, 1)
+
+
+def test_draws_are_uniform_normal_and_unrelated():
+    rngs = SampleRngs(Rngs(5, 1, CPU), range(64))
+    u, z = rngs.rand(4096), rngs.randn(4096)
+    assert 0 <= u.min() and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.003
+    moments = torch.stack([(z.double() ** k).mean() for k in (1, 2, 3, 4)])
+    torch.testing.assert_close(moments, torch.tensor([0.0, 1, 0, 3], dtype=torch.float64), rtol=0, atol=0.05)
+    for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1]), (z[:, :2048], z[:, 2048:])):
+        assert abs((a * b).mean()) < 0.01
+        assert abs(((a**2 - 1) * (b**2 - 1)).mean()) < 0.03
 
 
 def test_mixed_seeds_spread():
