@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.samplers import SampleNoise, guide, multi_step
 from utils.conditioning import Conditioning
-from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 
 
 class BidirectionalInferencePipeline:
@@ -58,13 +58,15 @@ class BidirectionalInferencePipeline:
             raise ValueError("a bidirectional model cannot go on from given frames; set causal=true")
         if isinstance(text_prompts, str):
             text_prompts = [text_prompts]
+        if not text_prompts:
+            raise ValueError("no prompt came; give one text per video in text_prompts")
         if noise is None:
-            if num_frames is None or height is None or width is None:
-                raise ValueError("give noise, or num_frames, height and width")
-            stride = self.vae.model.spatial_stride
+            if num_frames is None:
+                raise ValueError(
+                    "a bidirectional model needs num_frames or noise; only a causal one streams without end"
+                )
             draw = SampleNoise(range(len(text_prompts)) if seeds is None else seeds, self.device)
-            channels = self.generator.model.config.out_dim
-            noise = draw((len(text_prompts), num_frames, channels, height // stride, width // stride))
+            noise = draw((len(text_prompts), num_frames, *latent_shape(self.generator, self.vae, height, width)))
         noise = noise.to(self.device).float()
         embeds = [self.text_encoder(text_prompts)]
         if self.guidance_scale != 1:
@@ -72,7 +74,7 @@ class BidirectionalInferencePipeline:
         conditions = [Conditioning(embed.to(self.device)) for embed in embeds]
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            timestep = torch.as_tensor(t, device=x.device).float().expand(x.shape[:2])
+            timestep = torch.zeros(x.shape[:2], device=x.device) + t
             flows = [self.generator(x, condition, timestep)[0] for condition in conditions]
             flow = flows[0] if len(flows) == 1 else guide(*flows, self.guidance_scale)
             return flow, self.generator.scheduler.flow_to_x0(flow, x, timestep)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from pipeline.rollout import FrameBlock, Path, denoise_path, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, guide, multi_step
 from utils.conditioning import Conditioning
-from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -115,28 +114,24 @@ class CausalDiffusionInferencePipeline:
         batch = len(text_prompts)
         num_given = 0 if initial_latent is None else initial_latent.shape[1]
         if noise is not None:
-            num_frames, latent_shape = num_given + noise.shape[1], tuple(noise.shape[2:])
+            num_frames, shape = num_given + noise.shape[1], tuple(noise.shape[2:])
         else:
-            latent_shape = self.latent_shape(height, width)
+            shape = latent_shape(self.generator, self.vae, height, width)
         for name, tensor in (("noise", noise), ("initial_latent", initial_latent)):
-            if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *latent_shape):
+            if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *shape):
                 raise ValueError(
-                    f"{name} is {list(tensor.shape)}, {batch} prompts of latents {list(latent_shape)} need "
-                    f"[{batch}, frames, {', '.join(map(str, latent_shape))}]"
+                    f"{name} is {list(tensor.shape)}, {batch} prompts of latents {list(shape)} need "
+                    f"[{batch}, frames, {', '.join(map(str, shape))}]"
                 )
         draw = SampleNoise(range(batch) if seeds is None else seeds, self.device)
         blocks = plan_blocks(num_frames, self.num_frame_per_block, self.independent_first_frame, num_given)
-        if num_frames is None:
-            first = next(blocks)
-            blocks = chain([first], blocks)
-        else:
+        if num_frames is not None:
             blocks = list(blocks)  # a length that does not split is refused here, before anything is made
-        paths = self._paths(text_prompts, latent_shape, num_frames)
+        paths = self._paths(text_prompts, shape, num_frames)
 
         def sample(block: FrameBlock, paths: list[Path]) -> Tensor:
-            shape = (batch, block.num_frames, *latent_shape)
             if noise is None:
-                start = draw(shape)
+                start = draw((batch, block.num_frames, *shape))
             else:
                 start = noise[:, block.start - num_given : block.stop - num_given].float()
             return self.sample_block(start.to(self.device), block, paths, draw)
@@ -161,45 +156,29 @@ class CausalDiffusionInferencePipeline:
                     "a newer stream of the same pipeline took over its caches; make one pipeline per stream"
                 )
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(C, H, W) of a video of height x width pixels."""
-        patch = self.generator.model.config.patch_size
-        stride = self.vae.model.spatial_stride
-        if height is None or width is None or height % (stride * patch[1]) or width % (stride * patch[2]):
-            raise ValueError(
-                f"height {height} and width {width} must be multiples of {stride * patch[1]} and {stride * patch[2]}"
-            )
-        return self.generator.model.config.out_dim, height // stride, width // stride
-
-    def _paths(
-        self, text_prompts: Sequence[str], latent_shape: tuple[int, int, int], num_frames: int | None
-    ) -> list[Path]:
-        """The guided path, and with guidance the unguided one; caches are reused where they fit."""
+    def _paths(self, text_prompts: Sequence[str], shape: tuple[int, int, int], num_frames: int | None) -> list[Path]:
+        """The guided path, and with guidance the unguided one."""
         guided = self.timesteps is None and self.guidance_scale != 1
-        self.kv_cache_pos = self._cache(self.kv_cache_pos, len(text_prompts), latent_shape, num_frames)
-        prompt_embeds = self.text_encoder(text_prompts).to(self.device)
-        positive = Conditioning(prompt_embeds)
-        paths = [Path(positive, self.kv_cache_pos)]
-        if guided:
-            self.kv_cache_neg = self._cache(self.kv_cache_neg, len(text_prompts), latent_shape, num_frames)
-            negative_embeds = self.text_encoder([self.negative_prompt] * len(text_prompts)).to(self.device)
-            paths.append(Path(positive.negative(negative_embeds), self.kv_cache_neg))
-        return paths
+        self._prepare_caches(len(text_prompts), shape, num_frames, 1 + guided)
+        positive = Conditioning(self.text_encoder(text_prompts).to(self.device))
+        if not guided:
+            return [Path(positive, self.kv_cache_pos)]
+        negative = positive.negative(self.text_encoder([self.negative_prompt] * len(text_prompts)).to(self.device))
+        return [Path(positive, self.kv_cache_pos), Path(negative, self.kv_cache_neg)]
 
-    def _cache(
-        self, cache: KVCache | None, batch: int, latent_shape: tuple[int, int, int], num_frames: int | None
-    ) -> KVCache:
-        """An empty cache: the old memory if it has the right shape."""
-        _, height, width = latent_shape
-        model = self.generator.model
-        capacity = model.cache_capacity(num_frames)
-        frame_seqlen = model.config.tokens_per_frame(height, width)
-        if cache is not None and cache.fits(batch, capacity, frame_seqlen, model.dtype, model.device):
+    def _prepare_caches(self, batch: int, shape: tuple[int, int, int], num_frames: int | None, num_paths: int) -> None:
+        """Empty caches for latents [batch, num_frames, *shape], in the old memory if it fits."""
+        model, (_, height, width) = self.generator.model, shape
+        wanted = (model.cache_capacity(num_frames), model.config.tokens_per_frame(height, width))
+        if self.kv_cache_pos is None or not self.kv_cache_pos.fits(batch, *wanted, model.dtype, model.device):
+            self.kv_cache_pos = self.kv_cache_neg = None  # both have one shape; old memory goes before new comes
+            self.kv_cache_pos = model.make_kv_cache(batch, height, width, num_frames)
+            sizes = self.kv_cache_pos.capacity, self.kv_cache_pos.num_bytes / 1e9, num_paths
+            logger.info("KV cache of %d latent frames: %.2f GB, times %d", *sizes)
+        if num_paths == 2 and self.kv_cache_neg is None:
+            self.kv_cache_neg = model.make_kv_cache(batch, height, width, num_frames)
+        for cache in filter(None, (self.kv_cache_pos, self.kv_cache_neg)):
             cache.reset()
-            return cache
-        cache = model.make_kv_cache(batch, height, width, num_frames)
-        logger.info("KV cache of %d latent frames: %.2f GB", cache.capacity, cache.num_bytes / 1e9)
-        return cache
 
     def sample_block(self, noise: Tensor, block: FrameBlock, paths: list[Path], draw: SampleNoise) -> Tensor:
         """Clean latents of one block from its start noise [B, f, C, H, W] float32."""

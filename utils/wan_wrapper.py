@@ -234,6 +234,17 @@ class WanVAEWrapper(nn.Module):
         return pixels.transpose(1, 2).clamp_(-1, 1)
 
 
+def latent_shape(
+    generator: WanDiffusionWrapper, vae: WanVAEWrapper, height: int | None, width: int | None
+) -> tuple[int, int, int]:
+    """(C, H, W) of a video of height x width pixels; ValueError where it does not split into latents and patches."""
+    config, stride = generator.model.config, vae.model.spatial_stride
+    rows, columns = stride * config.patch_size[1], stride * config.patch_size[2]
+    if height is None or width is None or height % rows or width % columns:
+        raise ValueError(f"height {height} and width {width} must be multiples of {rows} and {columns}")
+    return config.out_dim, height // stride, width // stride
+
+
 class CLIPModel(nn.Module):
     """Image tower of open-clip's XLM-RoBERTa ViT-H/14: pixels in [-1, 1] -> tokens [B, 257, 1280] for i2v models."""
 

@@ -1,6 +1,7 @@
 """The pipeline against golden rollouts, and the promises of a stream."""
 
 import gc
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -273,6 +274,23 @@ def test_memory_is_kept_between_videos_of_one_shape():
     assert pipeline.kv_cache_pos is cache
     pipeline.inference(text_prompts=["b"], seeds=[0], num_frames=8, height=32, width=48)
     assert pipeline.kv_cache_pos is not cache
+
+
+def test_old_memory_goes_before_new_comes(monkeypatch):
+    """Two caches of two sizes at once would be 12 GB for 1.3B."""
+    pipeline = toy_pipeline(few=False)
+    make, alive = pipeline.generator.model.make_kv_cache, weakref.WeakSet()
+
+    def counted(*arguments):
+        most.append(len(alive))
+        alive.add(cache := make(*arguments))
+        return cache
+
+    monkeypatch.setattr(pipeline.generator.model, "make_kv_cache", counted)
+    for num_frames in (4, 6):
+        most = []
+        pipeline.inference(text_prompts=["a"], seeds=[0], num_frames=num_frames, **SIZE)
+        assert most == [0, 1]  # one for the prompt, one for the negative prompt
 
 
 @pytest.mark.parametrize(
