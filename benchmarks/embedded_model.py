@@ -1,15 +1,16 @@
 """What the embedded model can do: ground truth, VAE round trip and model side by side, on held-out prompts.
 
     python benchmarks/embedded_model.py                               # everything: 256 prompts, 64 long streams
-    python benchmarks/embedded_model.py --vae_only [--vae_folder DIR]   # the gate a VAE passes before a transformer
-    is trained python benchmarks/embedded_model.py --device cpu --fps_only         # frames per second on this
-    machine's CPU
+    python benchmarks/embedded_model.py --vae_only [--vae_folder DIR] # the gate that a VAE passes before a transformer
+    python benchmarks/embedded_model.py --device cpu --fps_only       # frames per second on this machine's CPU
 
-Figures are written as they come; a section that is already in --out with the same settings is not made again
-(--overwrite makes it). With --max_seconds the prompts done so far are measured, and their number is told.
+Figures are written as they come; a section that is already in --out, with the same settings and the same weights of
+model and judges, is not made again (--overwrite makes it). With --max_seconds the prompts done so far are measured, and
+their number is told.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +26,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
+from pipeline.build import build_pipeline
+from utils.config import load_config
+from utils.distributed import resolve_dtype
 from wan.configs import VAE_FILES, find_model_file, find_model_folder
 from wan.modules.vae import WanVAE, load_vae
 from world.captions import captions
@@ -78,6 +82,15 @@ def _rounded(value):
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def fingerprint(*paths: Path) -> str:
+    """Twelve hexadecimal digits of the weights in these files and folders."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def describe_machine(device: str) -> str:
@@ -275,27 +288,25 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     deadline = time.monotonic() + args.max_seconds
     report = Report(args.out, args.overwrite)
-    base = {"device": device.type, "config": args.config_path, "set": args.set}
+    config = load_config(args.config_path, args.set)
+    weights = [find_model_folder(config.model_name), args.judges]
+    weights += [Path(config.generator_ckpt)] if config.generator_ckpt else []
+    base = {"device": device.type, "config": args.config_path, "set": args.set, "weights": fingerprint(*weights)}
 
     if not args.fps_only:
         judges = load_judges(args.judges, device)
+        vae_file = find_model_file(args.vae_folder or weights[0], VAE_FILES)
         settings = {"device": device.type, "vae_folder": str(args.vae_folder or ""), "n": args.num_gate_clips}
+        settings |= {"weights": fingerprint(vae_file, args.judges)}
         if not report.has("vae_gate", settings):
-            from utils.config import load_config
-
-            folder = args.vae_folder or find_model_folder(load_config(args.config_path, args.set).model_name)
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            vae = load_vae(find_model_file(folder, VAE_FILES), device=device, dtype=dtype)
+            vae = load_vae(vae_file, device=device, dtype=resolve_dtype("auto", device))
             gate = gate_section(vae, judges, device, args.num_gate_clips, args.batch_size, args.sheets)
             report.put("vae_gate", settings, gate)
             del vae
     if args.vae_only:
         return 0 if all(row["passed"] for row in report.content["vae_gate"]["gate"].values()) else 1
 
-    from pipeline.build import build_pipeline
-    from utils.config import load_config
-
-    pipeline = build_pipeline(load_config(args.config_path, args.set), device)
+    pipeline = build_pipeline(config, device)
     if not args.fps_only:
         settings = {**base, "num_prompts": args.num_prompts, "num_latents": args.num_latents}
         if not report.has("prompts", settings):

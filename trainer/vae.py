@@ -15,7 +15,7 @@ from utils.distributed import SampleRngs
 from wan.modules.vae import WanVAE
 from wan.modules.weights import save_safetensors
 from world.puppet import sample_scenes
-from world.render import Painter, render
+from world.render import render
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ class VAETrainer(Trainer):
         for parameter in self.vae.parameters():
             if parameter.dim() == 5:  # the layout that the VAE gives its activations
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-        self.painter = Painter()
         self.compiled_losses = torch.compile(self._losses, dynamic=False) if self.config.compile else self._losses
         self.eval_clips: Clips | None = None
         self.num_video_frames = 1 + self.vae.temporal_stride * (self.config.num_training_frames - 1)
@@ -59,12 +58,11 @@ class VAETrainer(Trainer):
         return self.render(len(rngs.samples), num_frames, first)
 
     @torch.no_grad()
-    def render(self, num_clips: int, num_frames: int, first: int, *, split: str = "train", painter=None) -> Clips:
+    def render(self, num_clips: int, num_frames: int, first: int, *, split: str = "train") -> Clips:
         """Clips of scenes first, first + 1, ... of this run's seed."""
-        painter = painter or self.painter
         with torch.autocast(self.device.type, enabled=False):
             scenes = sample_scenes(num_clips, self.config.seed, split, start=first, device=self.device)
-            video, mask = render(scenes, num_frames, size=self.config.height, return_mask=True, painter=painter)
+            video, mask = render(scenes, num_frames, size=self.config.height, return_mask=True)
         return Clips(video.transpose(1, 2), mask.transpose(1, 2))
 
     def loss(self, clips: Clips, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,7 +106,7 @@ class VAETrainer(Trainer):
         """PSNR of the round trip on whole held-out videos: all pixels, puppet and prop only, first and last quarter."""
         if self.eval_clips is None:
             clips = self.config.data.num_eval_clips
-            self.eval_clips = self.render(clips, self.num_video_frames, 0, split="heldout", painter=Painter())
+            self.eval_clips = self.render(clips, self.num_video_frames, 0, split="heldout")
         errors = []
         for video in self.eval_clips.video.split(CLIPS_AT_ONCE):
             with self.autocast():
@@ -136,7 +134,7 @@ class VAETrainer(Trainer):
         """Mean and deviation of the posterior's mean, per latent channel, over whole videos."""
         count, first, second = 0, 0, 0
         for start in range(0, STATISTICS_CLIPS, CLIPS_AT_ONCE):
-            clips = self.render(CLIPS_AT_ONCE, self.num_video_frames, start, painter=Painter())
+            clips = self.render(CLIPS_AT_ONCE, self.num_video_frames, start)
             with self.autocast():
                 latents = self.vae.encode(clips.video).double()
             count += latents.numel() // latents.shape[1]

@@ -248,7 +248,7 @@ def load_judges(folder: str | Path = DEFAULT_FOLDER, device: torch.device | str 
 
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no judges at {path}; train them with `python -m world.train_judges --out {folder}`")
+        raise FileNotFoundError(f"no judges at {path}; train them with `python scripts/train_judges.py --out {folder}`")
     judges = Judges()
     judges.load_state_dict({name: value.float() for name, value in load_file(str(path)).items()})
     return judges.to(device).eval().requires_grad_(False)

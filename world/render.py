@@ -1,7 +1,7 @@
 """From scenes to pixels: a fold of signed distances, painted back to front.
 
 Every limb is a polyline of three points with a radius at each; its distance is exact up to the taper, its edge is one
-pixel of anti-aliasing, its outline a darker rim. `shapes` computes parameters once per frame; `Painter` is then pure
+pixel of anti-aliasing, its outline a darker rim. `shapes` computes parameters once per frame; `paint` is then pure
 per-pixel arithmetic over a fixed list of layers, without branches on data.
 """
 
@@ -52,10 +52,6 @@ class Layer:
     softness: float = 1.5
     opacity: float = 1.0
     relief: float = 0.16
-
-    @property
-    def style(self) -> tuple[float, float, float, float]:
-        return self.outline, self.softness, self.opacity, self.relief
 
 
 _SMALL = Layer(1, outline=0.0, relief=0.0)
@@ -111,16 +107,13 @@ def render(
     frame_stride: int = 1,
     return_mask: bool = False,
     frames_per_chunk: int = 4096,
-    painter: Painter | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Videos [B, T, 3, size, size] in [-1, 1] of num_frames frames from start_frame on, every frame_stride-th.
 
     return_mask: also the coverage [B, T, 1, size, size] in [0, 1] of the puppet and its prop.
-    frames_per_chunk: frames (over all scenes) painted at once, which bounds memory: 0.2 MB x 40 each when run eagerly.
-    painter: a `Painter(compiled=True)` to reuse; give it batches of one shape.
+    frames_per_chunk: frames (over all scenes) painted at once, which bounds memory: 0.2 MB x 40 each.
     """
     frames = start_frame + frame_stride * torch.arange(num_frames, device=scenes.device)
-    painter = painter or Painter()
     if scenes.device.type == "cpu":
         frames_per_chunk = min(frames_per_chunk, 8)  # stay in the cache: three times faster than all at once
     scenes_at_once = max(1, frames_per_chunk // num_frames)
@@ -129,7 +122,7 @@ def render(
     for first in range(0, len(scenes), scenes_at_once):
         some = scenes.select(slice(first, first + scenes_at_once))
         parts = [
-            painter(shapes(some, frames[t : t + frames_at_once]), size) for t in range(0, num_frames, frames_at_once)
+            paint(shapes(some, frames[t : t + frames_at_once]), size) for t in range(0, num_frames, frames_at_once)
         ]
         videos.append(torch.cat([video for video, _ in parts], dim=1))
         masks.append(torch.cat([mask for _, mask in parts], dim=1))
@@ -232,32 +225,19 @@ def shapes(scenes: Scenes, frames: Tensor) -> Shapes:
     )
 
 
-class Painter:
-    """From `Shapes` to pixels: a backdrop, then strokes on a canvas [B, T, 4, size, size] (r, g, b, uncovered).
+def paint(shapes: Shapes, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels [B, T, 3, size, size] in [-1, 1] and coverage [B, T, 1, size, size] of puppet and prop.
 
-    Painter(compiled=True) compiles the four kinds of stroke once per shape of batch (a minute at most): each is then
-    one kernel that reads and writes the canvas once. The whole fold in one graph would compile for ten minutes and
-    spill.
+    A backdrop, then strokes on a canvas [B, T, 4, size, size] (r, g, b, uncovered). Eager: an H200 paints 20,000
+    frames/s, more than training asks for, and compiling the strokes takes a minute.
     """
-
-    def __init__(self, compiled: bool = False):
-        def ready(stroke):
-            return torch.compile(stroke, dynamic=False) if compiled else stroke
-
-        self._backdrop, self._limb, self._cap, self._prop = map(ready, (_backdrop, _limb, _cap, _prop))
-
-    def __call__(self, shapes: Shapes, size: int) -> tuple[Tensor, Tensor]:
-        """Pixels [B, T, 3, size, size] in [-1, 1] and coverage [B, T, 1, size, size] of puppet and prop."""
-        styles = torch.tensor([layer.style for layer in LAYERS], device=shapes.points.device)
-        canvas = self._backdrop(shapes.stage, shapes.background, shapes.prop_kind, size)
-        canvas = self._prop(canvas, shapes.prop, shapes.prop_kind, shapes.prop_colour)
-        for i, layer in enumerate(LAYERS):
-            canvas = self._limb(
-                canvas, shapes.points[i], shapes.radii[i], shapes.colours[i], styles[i], segments=layer.segments
-            )
-            if i == _CAP_AFTER:
-                canvas = self._cap(canvas, shapes.cap, shapes.cap_colour)
-        return canvas[:, :, :3].clamp(0, 1) * 2 - 1, 1 - canvas[:, :, 3:]
+    canvas = _backdrop(shapes.stage, shapes.background, shapes.prop_kind, size)
+    canvas = _prop(canvas, shapes.prop, shapes.prop_kind, shapes.prop_colour)
+    for i, layer in enumerate(LAYERS):
+        canvas = _limb(canvas, shapes.points[i], shapes.radii[i], shapes.colours[i], layer)
+        if i == _CAP_AFTER:
+            canvas = _cap(canvas, shapes.cap, shapes.cap_colour)
+    return canvas[:, :, :3].clamp(0, 1) * 2 - 1, 1 - canvas[:, :, 3:]
 
 
 def _pixels(size: int, like: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -304,8 +284,8 @@ def _over(canvas, distance, colour, radius, outline, softness, opacity, relief) 
     return canvas * (1 - rim) + (fill * lit + 0.42 * ink) * colour + 0.02 * ink * visible
 
 
-def _limb(canvas: Tensor, points: Tensor, radii: Tensor, colour: Tensor, style: Tensor, segments: int) -> Tensor:
-    """A layer of `segments` (1 or 2) tapered capsules; points [B, T, 3, 2], radii [B, T, 3], style [4]."""
+def _limb(canvas: Tensor, points: Tensor, radii: Tensor, colour: Tensor, layer: Layer) -> Tensor:
+    """One or two tapered capsules; points [B, T, 3, 2], radii [B, T, 3]."""
     x, y, pixel = _pixels(canvas.shape[-1], canvas)
 
     def segment(i: int, j: int) -> Tensor:
@@ -318,9 +298,10 @@ def _limb(canvas: Tensor, points: Tensor, radii: Tensor, colour: Tensor, style: 
         return (ex * ex + ey * ey + 1e-6).sqrt() - (ra + (rb - ra) * along)
 
     distance = segment(0, 1)
-    if segments == 2:
+    if layer.segments == 2:
         distance = torch.minimum(distance, segment(1, 2))
-    return _over(canvas, distance, colour, _per_frame(radii[:, :, 1]), style[0], style[1] * pixel, style[2], style[3])
+    radius, softness = _per_frame(radii[:, :, 1]), layer.softness * pixel
+    return _over(canvas, distance, colour, radius, layer.outline, softness, layer.opacity, layer.relief)
 
 
 def _cap(canvas: Tensor, cap: Tensor, colour: Tensor) -> Tensor:

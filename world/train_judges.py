@@ -1,11 +1,10 @@
-"""Train the judges on renders: `python -m world.train_judges --out DIR --seconds 80 --device cuda --amp`.
+"""Train the judges on renders, and on what a VAE makes of them: scripts/train_judges.py is the door.
 
-Bounded by wall-clock seconds, saved every minute, resumed when run again with the same DIR and more seconds.
+Bounded by wall-clock seconds, saved every minute, resumed when run again with the same folder and more seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import time
@@ -27,7 +26,7 @@ from world.judges import (
     save_judges,
 )
 from world.puppet import CANVAS, NUM_BODY_JOINTS, Scenes, joints, sample_scenes
-from world.render import Painter, render
+from world.render import render
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +39,13 @@ def train(
     *,
     seconds: float,
     device: torch.device | str,
-    amp: bool = False,
     clips: int = 32,
     stills: int = 256,
     learning_rate: float = 2e-3,
-    compile_renderer: bool = False,
     round_trip: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
 ) -> Judges:
-    """Train for `seconds` in all (the time of earlier, resumed runs counts) and write DIR/judges.safetensors.
+    """Train for `seconds` in all (the time of earlier, resumed runs counts) and write out/judges.safetensors.
 
     round_trip: video [B, 81, 3, 128, 128] in [-1, 1] -> the same through a VAE; a quarter of the clips then take
     that way.
@@ -64,7 +61,6 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         logger.info("resumed at step %d after %.0f s", step, spent)
-    painter = Painter(compiled=compile_renderer)
 
     def save() -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +76,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warmup * (0.01 + 0.99 * decay)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        losses = _losses(judges, clips, stills, device, amp, painter, round_trip, generator)
+        losses = _losses(judges, clips, stills, device, round_trip, generator)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(judges.parameters(), 5.0)
@@ -100,27 +96,27 @@ def train(
     return judges.eval()
 
 
-def _losses(judges, clips, stills, device, amp, painter, round_trip, generator) -> dict[str, Tensor]:
+def _losses(judges, clips, stills, device, round_trip, generator) -> dict[str, Tensor]:
     """One batch: every network gets its loss; they share renders but no weights."""
     seed = int(torch.randint(1 << 40, (1,), generator=generator))
     start = int(torch.randint(2000, (1,), generator=generator))
     frames = start + TRACK_STRIDE * torch.arange(CLIP_FRAMES, device=device)
     scenes = sample_scenes(clips, seed, device=device)
     with torch.no_grad():
-        video = render(scenes, CLIP_FRAMES, start, frame_stride=TRACK_STRIDE, painter=painter)
+        video = render(scenes, CLIP_FRAMES, start, frame_stride=TRACK_STRIDE)
         if round_trip is not None:
             few = scenes.select(slice(0, max(1, clips // 4)))
-            whole = render(few, 1 + TRACK_STRIDE * (CLIP_FRAMES - 1), start, painter=painter)
+            whole = render(few, 1 + TRACK_STRIDE * (CLIP_FRAMES - 1), start)
             video[: len(few)] = round_trip(whole)[:, ::TRACK_STRIDE]
         truth = joints(scenes, frames)[..., :2]
         video, quality = degrade(video)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     losses = {}
 
     # Single frames: each of another scene, and some of the clips', which may have been through the VAE.
     many = sample_scenes(stills, seed + 1, device=device)
     with torch.no_grad():
-        alone, _ = degrade(render(many, 1, start, painter=painter))
+        alone, _ = degrade(render(many, 1, start))
         picked = torch.randint(CLIP_FRAMES, (clips,), generator=generator).to(device)
         rows = torch.arange(clips, device=device)
         seen = torch.cat([alone[:, 0], video[rows, picked]])
@@ -232,33 +228,3 @@ def validate(judges: Judges, *, num_clips: int, device: torch.device | str, seed
         for name, values in batch.items():
             hits.setdefault(name, []).append(values)
     return {name: torch.cat(values).mean().item() for name, values in hits.items()}
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for judges.safetensors and the training state")
-    parser.add_argument("--seconds", type=float, default=80.0, help="training time in all, resumed runs included")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--clips", type=int, default=32, help="clips per step")
-    parser.add_argument("--stills", type=int, default=256, help="single frames of other scenes per step")
-    parser.add_argument("--compile", action="store_true", help="compile the renderer (about half a minute first)")
-    parser.add_argument("--num_validation_clips", type=int, default=256)
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    judges = train(
-        args.out,
-        seconds=args.seconds,
-        device=args.device,
-        amp=args.amp,
-        clips=args.clips,
-        stills=args.stills,
-        compile_renderer=args.compile,
-    )
-    for name, value in validate(judges, num_clips=args.num_validation_clips, device=args.device).items():
-        print(f"{name:>16} {value:.4f}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -57,7 +57,7 @@ def test_saved_judges_answer_the_same_and_are_small(judges, videos, tmp_path):
 
 
 def test_missing_judges_say_how_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m world\.train_judges"):
+    with pytest.raises(FileNotFoundError, match="scripts/train_judges.py --out"):
         load_judges(tmp_path)
 
 
