@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 def build_generator(config: Config, device: torch.device, dtype: torch.dtype) -> WanDiffusionWrapper:
     """The transformer with its weights: the model folder's, or those of `generator_ckpt`."""
+    if config.use_ema and not config.generator_ckpt:
+        raise ValueError("use_ema takes generator_ema from a checkpoint, and none is given; name one, or leave it out")
     generator = WanDiffusionWrapper(
         config.model_name,
         is_causal=config.causal,

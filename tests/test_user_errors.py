@@ -89,6 +89,7 @@ def test_7_a_wrong_checkpoint(mistake, tmp_path):
     assert "other.pt does not fit this model: missing" in sentence
     torch.save({"generator": {}}, tmp_path / "no_ema.pt")
     assert "no generator_ema" in mistake("--checkpoint_path", "no_ema.pt", "--use_ema")
+    assert "none is given" in mistake("--use_ema")
     (tmp_path / "text.pt").write_text("hello")
     assert "text.pt" in mistake("--checkpoint_path", "text.pt")
 

@@ -207,6 +207,8 @@ class Config:
                     f"denoising_step_list is {steps}; it holds descending timesteps in (0, 1000], "
                     "e.g. [1000, 750, 500, 250]"
                 )
+            if not self.causal:
+                raise ConfigError("causal is false but denoising_step_list is set; few steps need a causal model")
         for name in ("context_noise", "noise_augmentation_max_timestep"):
             if not 0 <= getattr(self, name) <= 1000:
                 raise ConfigError(f"{name} is {getattr(self, name)}; a timestep lies in [0, 1000]")

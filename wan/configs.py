@@ -75,8 +75,9 @@ class WanConfig:
 _T2V_14B = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 _I2V_14B = replace(_T2V_14B, model_type="i2v", in_dim=36)
 
+EMBEDDED_MODEL = "puppet-tiny"
 WAN_CONFIGS: dict[str, WanConfig] = {
-    "puppet-tiny": WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=10, text_dim=192, text_len=64),
+    EMBEDDED_MODEL: WanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=10, text_dim=192, text_len=64),
     "Wan2.1-T2V-1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "Wan2.1-T2V-14B": _T2V_14B,
     "Wan2.1-I2V-14B-480P": _I2V_14B,
@@ -105,12 +106,19 @@ def find_model_folder(model_name: str | Path) -> Path:
     for place in places:
         if (place / "config.json").is_file():
             return place
-    name = Path(model_name).name
-    if name in WAN_CONFIGS and name != "puppet-tiny":
-        remedy = f"get it with: hf download Wan-AI/{name} --local-dir wan_models/{name}"
-    else:
-        remedy = f"known models: {', '.join(WAN_CONFIGS)}; or give the path of a folder with a config.json"
+    remedy = f"known models: {', '.join(WAN_CONFIGS)}; or give the path of a folder with a config.json"
+    if Path(model_name).name in WAN_CONFIGS:
+        remedy = how_to_get(Path("wan_models") / Path(model_name).name)
     raise FileNotFoundError(f"no model {str(model_name)!r} in wan_models/; {remedy}")
+
+
+def how_to_get(folder: Path) -> str:
+    """What brings the missing files of a model folder; those that are there are not fetched again."""
+    if folder.name == EMBEDDED_MODEL:
+        return f"it is part of the repository: git checkout -- {folder}"
+    if folder.name in WAN_CONFIGS:
+        return f"get it with: hf download Wan-AI/{folder.name} --local-dir {folder}"
+    return "copy it from the model that this folder was made from"
 
 
 def find_model_file(folder: str | Path, candidates: tuple[str, ...]) -> Path:
@@ -119,8 +127,4 @@ def find_model_file(folder: str | Path, candidates: tuple[str, ...]) -> Path:
     for candidate in candidates:
         if (folder / candidate).exists():
             return folder / candidate
-    name = folder.name if folder.name in WAN_CONFIGS else "Wan2.1-T2V-1.3B"
-    raise FileNotFoundError(
-        f"{folder} holds none of {', '.join(candidates)}; "
-        f"get it with: hf download Wan-AI/{name} {candidates[0]} --local-dir {folder}"
-    )
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(candidates)}; {how_to_get(folder)}")

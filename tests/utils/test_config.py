@@ -55,6 +55,7 @@ def test_relative_path_is_found_from_any_directory(tmp_path: Path, monkeypatch):
         (["width=0"], "use 16"),
         (["denoising_step_list=[250,1000]"], "descending timesteps"),
         (["denoising_step_list=[]"], "descending timesteps"),
+        (["denoising_step_list=[1000]", "causal=false"], "few steps need a causal model"),
         (["model_kwargs.local_attn_size=2"], "less than one block of 3"),
         (["model_kwargs.sink_size=13"], "[0, 12]"),
         (["batch_size=4", "total_batch_size=10"], "use 8"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..configs import WanConfig
+from ..configs import WanConfig, how_to_get
 from .attention import attention, check_backend
 from .rope import apply_rope, rope_frequencies
 from .weights import load_weights, save_safetensors
@@ -251,7 +251,7 @@ class WanModel(nn.Module):
         if channels != self.config.in_dim:
             expected = self.config.in_dim - self.config.out_dim
             remedy = (
-                f"this model needs y with {expected} channels (4 mask + image latent); use encode_image()"
+                f"this model needs y with {expected} channels (4 mask + image latent); use a t2v model without an image"
                 if expected
                 else "this model takes no y; give the image as initial_latent, or use an i2v model"
             )
@@ -318,7 +318,7 @@ class WanModel(nn.Module):
             text = self.embed_text(context)
             if self.config.model_type == "i2v":
                 if clip_fea is None:
-                    raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim]; use encode_image()")
+                    raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim], the tokens of CLIPModel")
                 image = self.img_emb(clip_fea.to(self.dtype))
         for layer, block in enumerate(self.blocks):
             text_keys, image_keys = prompt_keys(block.cross_attn, layer, text, image, remember)
@@ -353,8 +353,7 @@ class WanModel(nn.Module):
         files = sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors"))
         if not files:
             raise FileNotFoundError(
-                f"{folder} holds no diffusion_pytorch_model*.safetensors; "
-                f"get it with: hf download Wan-AI/{Path(folder).name} --local-dir {folder}"
+                f"{folder} holds no diffusion_pytorch_model*.safetensors; {how_to_get(Path(folder))}"
             )
         load_weights(model, files, device=device, dtype=dtype)
         return model.eval()
