@@ -1,8 +1,6 @@
-"""What inference will take before it takes it, and where weights wait when they are not needed."""
+"""What inference will take, before it takes it."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -102,16 +100,3 @@ def module_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Bytes of a module's parameters and buffers, as they are or as they would be in `dtype`."""
     tensors = (*module.parameters(), *module.buffers())
     return sum(t.numel() * (t.element_size() if dtype is None else dtype.itemsize) for t in tensors)
-
-
-@contextmanager
-def offloaded(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """The module works on `device` inside and goes back to where it was outside; GPU memory is returned."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield module
-    finally:
-        module.to(home)
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""utils/memory.py: the plan's exact parts are exact, and weights come back from where they were lent."""
+"""utils/memory.py: the plan's exact parts are exact, and the card it is meant for is enough."""
 
 import pytest
 import torch
 from torch import nn
 
-from utils.memory import module_bytes, offloaded, plan_inference
+from utils.memory import module_bytes, plan_inference
 from wan.configs import WAN_CONFIGS, WanConfig
 from wan.modules.causal_model import CausalWanModel
 from wan.modules.vae import WanVAE
@@ -44,14 +44,3 @@ def test_an_offloaded_text_encoder_counts_only_while_it_reads():
 def test_endless_streams_need_a_window():
     with pytest.raises(ValueError, match="set model_kwargs.local_attn_size"):
         plan_inference(SMALL, height=64, width=32, num_frames=None)
-
-
-def test_offloaded_modules_go_home():
-    module = nn.Linear(2, 2)
-    with offloaded(module, "cpu") as lent:
-        assert lent is module
-    with pytest.raises(RuntimeError, match="inside"), offloaded(module, "meta"):
-        assert module.weight.device.type == "meta"
-        module.to_empty(device="cpu")  # meta has no way back for values
-        raise RuntimeError("inside")
-    assert module.weight.device == CPU
