@@ -103,7 +103,7 @@ class CLIPVision(nn.Module):
 
         The hidden state in front of ViT-H's last block, without a final norm: what Wan I2V was trained on.
         """
-        pixels = preprocess(images, self.tower.config.image_size).to(self.tower.dtype)
+        pixels = preprocess(images.to(self.tower.device), self.tower.config.image_size).to(self.tower.dtype)
         return self.tower(pixel_values=pixels).last_hidden_state
 
 

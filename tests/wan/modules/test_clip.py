@@ -47,6 +47,13 @@ def test_features_have_the_models_precision(golden, weights, tmp_path):
     assert (features - golden["out_31"]).abs().mean() < 0.05 * golden["out_31"].std()
 
 
+def test_pictures_come_to_where_the_model_is(golden, weights, tmp_path):
+    """An image is loaded on the CPU, whatever device the model is on; "meta" stands for a GPU here."""
+    save_file(weights, tmp_path / "clip.safetensors")
+    model = load_clip_vision(tmp_path / "clip.safetensors", num_heads=4).to("meta")
+    assert model(golden["image"]).device.type == "meta"
+
+
 def test_load_names_what_does_not_fit(weights, tmp_path):
     path = tmp_path / "clip.safetensors"
     save_file({name: tensor for name, tensor in weights.items() if "0.norm1.bias" not in name}, path)
