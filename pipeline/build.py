@@ -10,24 +10,37 @@ from utils.checkpoint import load_generator
 from utils.config import Config
 from utils.distributed import resolve_device, resolve_dtype
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from wan.configs import WanConfig, find_model_folder
 
 logger = logging.getLogger(__name__)
+
+
+def generator_options(config: Config) -> dict:
+    """WanDiffusionWrapper's arguments that a config decides, for inference and training alike."""
+    return {
+        "is_causal": config.causal,
+        "timestep_shift": config.timestep_shift,
+        "num_frame_per_block": config.num_frame_per_block,
+        "local_attn_size": config.model_kwargs.local_attn_size,
+        "sink_size": config.model_kwargs.sink_size,
+        "independent_first_frame": config.independent_first_frame,
+        "rope_base": config.rope_base,
+        "attention_backend": config.attention_backend,
+    }
 
 
 def build_generator(config: Config, device: torch.device, dtype: torch.dtype) -> WanDiffusionWrapper:
     """The transformer with its weights: the model folder's, or those of `generator_ckpt`."""
     if config.use_ema and not config.generator_ckpt:
         raise ValueError("use_ema takes generator_ema from a checkpoint, and none is given; name one, or leave it out")
+    if WanConfig.from_folder(find_model_folder(config.model_name)).model_type == "i2v":
+        raise ValueError(
+            f"{config.model_name} takes an image on channels of its own, which this version cannot give it; "
+            "use a T2V model, which goes on from an image with --i2v"
+        )
     generator = WanDiffusionWrapper(
         config.model_name,
-        is_causal=config.causal,
-        timestep_shift=config.timestep_shift,
-        num_frame_per_block=config.num_frame_per_block,
-        local_attn_size=config.model_kwargs.local_attn_size,
-        sink_size=config.model_kwargs.sink_size,
-        independent_first_frame=config.independent_first_frame,
-        rope_base=config.rope_base,
-        attention_backend=config.attention_backend,
+        **generator_options(config),
         from_scratch=config.generator_ckpt is not None,
         device="meta" if config.generator_ckpt else device,
         dtype=dtype,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.base import Batch, Player
 from model.diffusion import CausalDiffusion
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
+from pipeline.build import generator_options
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
 from trainer.base import Trainer
 from utils.checkpoint import has_training_state, load_generator
@@ -115,14 +116,7 @@ class DiffusionTrainer(Trainer):
         config = self.config
         generator = WanDiffusionWrapper(
             config.model_name,
-            is_causal=config.causal,
-            timestep_shift=config.timestep_shift,
-            num_frame_per_block=config.num_frame_per_block,
-            local_attn_size=config.model_kwargs.local_attn_size,
-            sink_size=config.model_kwargs.sink_size,
-            independent_first_frame=config.independent_first_frame,
-            rope_base=config.rope_base,
-            attention_backend=config.attention_backend,
+            **generator_options(config),
             from_scratch=config.from_scratch,
             model_config=self.model_config,
             device=self.device,

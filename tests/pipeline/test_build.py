@@ -1,0 +1,48 @@
+"""From a config to a pipeline: what fits is built, what does not is refused before gigabytes are read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline import BidirectionalInferencePipeline, CausalDiffusionInferencePipeline
+from pipeline.build import build_pipeline
+from utils.config import load_config
+
+SETTINGS = ["device=cpu", "height=32", "width=32", "num_output_frames=3", "sampling_steps=2"]
+
+
+def build(folder, *overrides):
+    return build_pipeline(load_config(None, [f"model_name={folder}", *SETTINGS, *overrides]))
+
+
+def test_causal_or_not(tiny_model_folder):
+    causal = build(tiny_model_folder, "model_kwargs.local_attn_size=6", "model_kwargs.sink_size=1")
+    assert isinstance(causal, CausalDiffusionInferencePipeline)
+    assert (causal.generator.model.local_attn_size, causal.generator.model.sink_size) == (6, 1)
+    assert isinstance(build(tiny_model_folder, "causal=false"), BidirectionalInferencePipeline)
+
+
+def test_nothing_learns_and_everything_is_on_the_device(tiny_model_folder):
+    pipeline = build(tiny_model_folder)
+    assert not any(parameter.requires_grad for parameter in pipeline.generator.parameters())
+    assert pipeline.generator.model.dtype == torch.float32 and pipeline.device.type == "cpu"
+
+
+def test_a_checkpoint_replaces_the_folders_weights(tiny_model_folder, tmp_path):
+    plain = build(tiny_model_folder)
+    weights = {f"model.{name}": tensor + 1 for name, tensor in plain.generator.model.state_dict().items()}
+    torch.save({"generator_ema": weights}, tmp_path / "other.pt")
+    loaded = build(tiny_model_folder, f"generator_ckpt={tmp_path}/other.pt", "use_ema=true")
+    for name, tensor in plain.generator.model.state_dict().items():
+        assert torch.equal(loaded.generator.model.state_dict()[name], tensor + 1), name
+
+
+def test_an_i2v_model_is_refused_before_its_weights_are_read(tiny_model_folder, tmp_path):
+    folder = tmp_path / "i2v"
+    shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
+    sizes = json.loads((folder / "config.json").read_text()) | {"model_type": "i2v", "in_dim": 36}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="takes an image on channels of its own.*--i2v"):
+        build(folder)
