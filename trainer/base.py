@@ -117,11 +117,11 @@ class Trainer(ABC):
             if self.step % settings.log_iters == 0 or last:
                 self.report(metrics, (time.monotonic() - log_time) / (self.step - log_step))
                 log_step, log_time = self.step, time.monotonic()
-            if visualize and (last or (settings.sample_iters and self.step % settings.sample_iters == 0)):
-                self.judge()
             if save and (last or self.clock - saved > self.config.checkpoint.every_seconds):
                 self.save()
                 saved = self.clock
+            if visualize and (last or (settings.sample_iters and self.step % settings.sample_iters == 0)):
+                self.judge()
         if save and self.ranks.is_main:
             self.export_averages(self.run_dir / "export")
         barrier(self.ranks)

@@ -167,6 +167,16 @@ def test_a_finished_run_starts_nothing(tmp_path: Path):
     assert trainer.started_at == 2
 
 
+def test_a_failing_evaluation_costs_no_step(tmp_path: Path):
+    class Blind(ToyTrainer):
+        def evaluate(self):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path, "max_steps=3", trainer=Blind, tracker=Tracker(tmp_path))
+    assert load_training_state(tmp_path).facts["step"] == 3
+
+
 def test_no_save_writes_no_state(tmp_path: Path):
     ToyTrainer(toy_config("max_steps=2"), ALONE, tmp_path, None).train(save=False)
     assert load_training_state(tmp_path) is None
