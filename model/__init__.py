@@ -1,5 +1,1 @@
 """Objectives: a batch in, a loss out. They know networks and the clock, but neither data nor optimizers nor config."""
-
-from model.diffusion import CausalDiffusion
-
-OBJECTIVES = {"diffusion": CausalDiffusion}
