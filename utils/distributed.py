@@ -151,7 +151,7 @@ class SampleRngs:
 
     samples: their places in the step's whole batch. The n-th number that a sample draws is a hash of (seed, step,
     stream, sample, n): who computes the sample, in which pass and beside whom, changes nothing. A generator per sample
-    would do the same with a kernel per sample: 512 of them took longer than the network.
+    would do the same with a kernel per sample and draw.
     """
 
     def __init__(self, rngs: Rngs, samples: range):
