@@ -2,6 +2,11 @@
 
 from trainer.base import Trainer
 from trainer.diffusion import DiffusionTrainer
+from trainer.text import TextTrainer
 from trainer.vae import VAETrainer
 
-TRAINERS: dict[str, type[Trainer]] = {"vae": VAETrainer, "diffusion": DiffusionTrainer}
+TRAINERS: dict[str, type[Trainer]] = {
+    "vae": VAETrainer,
+    "text": TextTrainer,
+    "diffusion": DiffusionTrainer,
+}

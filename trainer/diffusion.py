@@ -104,7 +104,10 @@ class DiffusionTrainer(Trainer):
         tokenizer = self.folder / TOKENIZER_FOLDERS[0]
         if resuming and tokenizer.is_dir():
             return
-        if data.tokenizer_folder:
+        if config.from_scratch and data.text_encoder_folder:
+            source = find_model_file(Path(data.text_encoder_folder), TOKENIZER_FOLDERS)
+            shutil.copytree(source, tokenizer, dirs_exist_ok=True)
+        elif data.tokenizer_folder:
             shutil.copytree(data.tokenizer_folder, tokenizer, dirs_exist_ok=True)
         elif config.from_scratch:
             train_tokenizer(tokenizer, max_length=self.model_config.text_len)
@@ -132,17 +135,25 @@ class DiffusionTrainer(Trainer):
 
     def build_text_encoder(self) -> nn.Module:
         config, sizes = self.config, self.config.text_encoder
-        if not config.from_scratch:
-            weights = find_model_file(find_model_folder(config.model_name), TEXT_ENCODER_FILES)
+        if not config.from_scratch or config.data.text_encoder_folder:
+            weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
             dtype = torch.float32 if config.train_text_encoder else torch.bfloat16
             model = load_umt5(weights, device=self.device, dtype=dtype)
         elif not config.train_text_encoder:
             raise ConfigError(
-                "from_scratch makes a new text encoder too, which must learn; set train_text_encoder: true"
+                "from_scratch makes a new text encoder too, which must learn; set train_text_encoder: true, or "
+                "data.text_encoder_folder to one that is trained"
             )
         else:
             model = new_umt5(vocab_size=len(self.tokenizer.tokenizer), **vars(sizes)).to(self.device)
         return model.requires_grad_(config.train_text_encoder)
+
+    def text_encoder_home(self) -> Path:
+        """The folder whose text encoder this run starts from."""
+        config = self.config
+        if config.from_scratch and config.data.text_encoder_folder:
+            return Path(config.data.text_encoder_folder)
+        return find_model_folder(config.model_name)
 
     def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
         config = self.config
@@ -176,7 +187,7 @@ class DiffusionTrainer(Trainer):
         ids, mask = (
             torch.where(dropped, none, some) for none, some in zip(self.negative_tokens, (ids, mask), strict=True)
         )
-        return Batch(latents, Conditioning(encode(self.text_encoder, ids, mask)))
+        return Batch(latents, Conditioning(encode(self.text_encoder, ids, mask, longest=ids.shape[1])))
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, T, text_dim], with the text encoder as it is now."""

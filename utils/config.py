@@ -62,6 +62,7 @@ class DataConfig:
 
     vae_folder: str | None = None  # model folder whose VAE makes the latents; None: the folder of model_name
     tokenizer_folder: str | None = None  # tokenizer of a new text encoder; None: one made from the world's captions
+    text_encoder_folder: str | None = None  # from_scratch: text encoder (and tokenizer) to start from; None: a new one
     pool_size: int = 16384  # encoded clips kept per rank
     min_fill: int = 2048  # training starts with this many
     refresh_per_step: int = 16  # clips replaced by new ones after each step
@@ -128,7 +129,7 @@ class Config:
     """The page. Defaults are those of the embedded puppet model."""
 
     # --- who ---
-    trainer: Literal["vae", "diffusion", "ode", "score_distillation", "gan"] = "diffusion"
+    trainer: Literal["vae", "text", "diffusion", "ode", "score_distillation", "gan"] = "diffusion"
     distribution_loss: Literal["dmd", "sid", "gan", "causvid"] = "dmd"  # read by score distillation only
     model_name: str = "puppet-tiny"  # a folder in wan_models/ and a key of WAN_CONFIGS
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)

@@ -127,13 +127,14 @@ def save_umt5(model: UMT5EncoderModel, path: str | Path, dtype: torch.dtype = to
     path.with_suffix(".json").write_text(json.dumps(sizes, indent=2) + "\n")
 
 
-def encode(model: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
+def encode(model: UMT5EncoderModel, ids: Tensor, mask: Tensor, *, longest: int | None = None) -> Tensor:
     """prompt_embeds [B, T, D] of ids [B, T], where mask [B, T] is 1 on text and 0 on the padding after it.
 
     Padded rows are zero, as Wan's transformer expects. Differentiable. Only as many columns as the longest text has
-    are computed: padding is never attended, so 512 tokens cost no more than the words in them.
+    are computed: padding is never attended, so 512 tokens cost no more than the words in them. To know that length the
+    host waits for the device; a training step gives `longest` (T is always right) and does not wait.
     """
-    longest = max(1, int(mask.sum(dim=1).max()))
+    longest = longest or max(1, int(mask.sum(dim=1).max()))
     hidden = model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
     hidden = hidden.masked_fill(mask[:, :longest, None] == 0, 0.0)
     return torch.nn.functional.pad(hidden, (0, 0, 0, ids.shape[1] - longest))
