@@ -261,7 +261,7 @@ class DiffusionTrainer(Trainer):
         if self.config.train_text_encoder:
             save_umt5(self.text_encoder, folder / TEXT_ENCODER_FILES[-1], torch.bfloat16)
             return
-        weights = find_model_file(find_model_folder(self.config.model_name), TEXT_ENCODER_FILES)
+        weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
         for file in (weights, weights.with_suffix(".json")):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)

@@ -113,10 +113,21 @@ def load_umt5(
 
 
 def new_umt5(**sizes: int) -> UMT5EncoderModel:
-    """A text encoder with fresh weights, float32, of these sizes (the keys of UMT5_XXL_SIZES)."""
+    """A text encoder with fresh weights, float32, of these sizes (the keys of UMT5_XXL_SIZES).
+
+    The relative position biases start local, head by head less so: -distance / 2^head (as in ALiBi, arXiv 2108.12409).
+    From transformers' start near zero they must grow for thousands of steps before a word tells its neighbours from
+    the rest, and until then a caption is a bag of words: "a red puppet with a blue ball" is also its opposite.
+    """
     from transformers import UMT5EncoderModel
 
-    return UMT5EncoderModel(umt5_config(sizes))
+    model = UMT5EncoderModel(umt5_config(sizes))
+    with torch.no_grad():
+        for block in model.encoder.block:
+            bias = block.layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]; half look forward
+            distance = torch.arange(len(bias)) % (len(bias) // 2)
+            bias.copy_(-distance[:, None] / 2.0 ** torch.arange(bias.shape[1]))
+    return model
 
 
 def save_umt5(model: UMT5EncoderModel, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
