@@ -17,8 +17,8 @@ from trainer.base import Trainer
 from utils.checkpoint import has_training_state, load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
-from utils.dataset import PuppetLatents
 from utils.distributed import Rngs, SampleRngs, barrier
+from utils.puppet_latents import PuppetLatents
 from utils.video import contact_sheet
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (
@@ -182,12 +182,11 @@ class DiffusionTrainer(Trainer):
         self.data.advance(self.step)
 
     def prepare(self, rngs: SampleRngs) -> Batch:
-        latents, ids, mask = self.data.draw(rngs)
+        drawn = self.data.draw(rngs)
         dropped = rngs.rand(1) < self.config.data.text_dropout
-        ids, mask = (
-            torch.where(dropped, none, some) for none, some in zip(self.negative_tokens, (ids, mask), strict=True)
-        )
-        return Batch(latents, Conditioning(encode(self.text_encoder, ids, mask, longest=ids.shape[1])))
+        pairs = zip(self.negative_tokens, (drawn.ids, drawn.mask), strict=True)
+        ids, mask = (torch.where(dropped, none, some) for none, some in pairs)
+        return Batch(drawn.latents, Conditioning(encode(self.text_encoder, ids, mask, longest=ids.shape[1])))
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, T, text_dim], with the text encoder as it is now."""
@@ -219,10 +218,10 @@ class DiffusionTrainer(Trainer):
     @torch.enable_grad()
     def held_out_loss(self, rngs: SampleRngs) -> dict[str, Tensor]:
         """Loss of one batch. In shape and with gradient as in training: what was compiled for that serves here too."""
-        latents, ids, mask = self.eval_data.draw(rngs)
+        drawn = self.eval_data.draw(rngs)
         with self.autocast():
-            prompt_embeds = encode(self.text_encoder, ids, mask)
-            loss, details = self.objective.loss(Batch(latents, Conditioning(prompt_embeds)), rngs)
+            prompt_embeds = encode(self.text_encoder, drawn.ids, drawn.mask)
+            loss, details = self.objective.loss(Batch(drawn.latents, Conditioning(prompt_embeds)), rngs)
         return {"loss": loss.detach(), **details}
 
     def sample(self, path: Path) -> None:
