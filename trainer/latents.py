@@ -51,8 +51,6 @@ class LatentTrainer(Trainer):
 
     def build(self) -> list[Player]:
         config = self.config
-        if config.height != config.width:
-            raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
         self.model_config = _model_config(config.model_name)
         self.folder = self.run_dir / "export"
         if self.ranks.is_main:
@@ -149,6 +147,8 @@ class LatentTrainer(Trainer):
 
     def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
         config = self.config
+        if config.height != config.width:
+            raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
         return PuppetLatents(
             lambda pixels: self.vae.encode(pixels.transpose(1, 2).to(self.latent_dtype)).transpose(1, 2),
             self.tokenizer,
