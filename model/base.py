@@ -19,17 +19,20 @@ class Batch:
     conditioning: Conditioning
 
 
+# (batch, rngs) -> (scalar, metrics): all randomness comes from rngs; metrics are detached tensors.
+Loss = Callable[[Any, SampleRngs], tuple[Tensor, dict[str, Tensor]]]
+
+
 @dataclass
 class Player:
     """A network that learns: whose parameters, from which loss, how often.
 
-    loss(batch, rngs) -> (scalar, metrics): all randomness comes from rngs; metrics are detached tensors.
-    The player learns on steps start_step, start_step + every, ...
+    It learns on steps start_step, start_step + every, ...
     """
 
     name: str
     module: nn.Module
-    loss: Callable[[Any, SampleRngs], tuple[Tensor, dict[str, Tensor]]]
+    loss: Loss
     every: int = 1
     start_step: int = 0
 

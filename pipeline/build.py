@@ -1,8 +1,10 @@
 """From a run's Config to a pipeline: the one file below trainer/ that reads it."""
 
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
@@ -58,7 +60,18 @@ def build_pipeline(
     dtype = resolve_dtype(config.dtype, device)
     generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
-    vae = WanVAEWrapper(config.model_name, device=device, dtype=dtype)
+    return assemble_pipeline(
+        config, generator, text_encoder, WanVAEWrapper(config.model_name, device=device, dtype=dtype)
+    )
+
+
+def assemble_pipeline(
+    config: Config,
+    generator: WanDiffusionWrapper,
+    text_encoder: Callable[[Sequence[str]], Tensor],
+    vae: WanVAEWrapper,
+) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
+    """The pipeline a config asks for, of parts that are there already: trainers sample with what they train."""
     sampling = {
         "guidance_scale": config.guidance_scale,
         "negative_prompt": config.negative_prompt,

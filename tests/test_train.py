@@ -42,7 +42,7 @@ def run(config: str, logdir: Path, *more: str) -> int:
 def test_from_nothing_to_a_model_folder(tmp_path: Path, capsys):
     vae, dit = tmp_path / "vae", tmp_path / "dit"
     assert run("puppet_vae", vae, *VAE) == 0
-    assert run("puppet_diffusion", dit, *DIT, f"data.vae_folder={vae / 'export'}") == 0
+    assert run("puppet_diffusion", dit, *DIT, "train_text_encoder=true", f"data.vae_folder={vae / 'export'}") == 0
     assert load_config(dit / "config.yaml").seed == 4
 
     assert export_main([str(dit), str(tmp_path / "model")]) == 0

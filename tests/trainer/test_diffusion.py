@@ -5,71 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.trainer.toy import ALONE, TOY, make, state
 from trainer.diffusion import DiffusionTrainer
-from trainer.vae import VAETrainer
-from utils.checkpoint import load_training_state
 from utils.conditioning import Conditioning
 from utils.config import ConfigError, load_config
 from utils.distributed import Ranks, Rngs, SampleRngs
-from utils.tracking import Tracker
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
-from wan.configs import WAN_CONFIGS, WanConfig
 
-ALONE = Ranks(torch.device("cpu"))
-TOY = [
-    "trainer=diffusion", "model_name=toy", "from_scratch=true", "train_text_encoder=true",
-    "sharding_strategy=no_shard", "height=32", "width=32", "num_training_frames=6", "model_kwargs.local_attn_size=6",
-    "text_encoder.d_model=16", "text_encoder.num_layers=1", "text_encoder.num_heads=2", "text_encoder.d_kv=8",
-    "text_encoder.d_ff=16", "data.pool_size=8", "data.min_fill=4", "data.refresh_per_step=2",
-    "data.encode_batch_size=2", "batch_size=2", "optimizer.warmup_steps=1", "optimizer.schedule=constant",
-    "logging.log_iters=1", "sampling_steps=2", "noise_augmentation_max_timestep=100", "ema.weight=0.5",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory) -> Path:
-    """A tiny VAE with four latent channels, untrained."""
-    folder = tmp_path_factory.mktemp("vae")
-    settings = [
-        "trainer=vae",
-        "height=32",
-        "width=32",
-        "batch_size=2",
-        "vae.dim=4",
-        "vae.z_dim=4",
-        "vae.dim_mult=[1,1,2]",
-    ]
-    settings += ["data.num_frames=5", "data.tail_num_frames=5", "max_steps=1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.vae.STATISTICS_CLIPS", 2)
-        VAETrainer(load_config(overrides=settings), ALONE, folder).train(visualize=False)
-    return folder / "export"
-
-
-@pytest.fixture(autouse=True)
-def toy_sizes(monkeypatch):
-    sizes = {"dim": 16, "ffn_dim": 32, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4, "freq_dim": 16}
-    monkeypatch.setitem(WAN_CONFIGS, "toy", WanConfig(**sizes, text_dim=16, text_len=24))
-    monkeypatch.setattr("trainer.diffusion.NUM_SAMPLES", 1)
-    monkeypatch.setattr("trainer.diffusion.NUM_EVAL_SAMPLES", 2)
-    monkeypatch.setattr("trainer.diffusion.train_tokenizer", small_tokenizer)
-
-
-def small_tokenizer(folder: Path, max_length: int) -> int:
-    from world.tokenizer import train_tokenizer
-
-    return train_tokenizer(folder, num_sentences=500, max_length=max_length)
+pytestmark = pytest.mark.usefixtures("toy_sizes")
 
 
 def make_trainer(folder: Path, vae_folder: Path, *overrides: str, ranks: Ranks = ALONE) -> DiffusionTrainer:
-    config = load_config(overrides=[*TOY, f"data.vae_folder={vae_folder}", *overrides])
-    return DiffusionTrainer(config, ranks, folder, Tracker(folder))
-
-
-def state(folder: Path) -> dict[str, Tensor]:
-    return load_training_state(folder).tensors
+    return make(DiffusionTrainer, folder, vae_folder, *overrides, ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +107,7 @@ def test_a_kill_while_the_tokenizer_is_copied_leaves_no_torn_one(tmp_path: Path,
 
 def test_evaluation_has_the_shape_and_the_gradient_of_training(tmp_path: Path, vae_folder: Path, monkeypatch):
     """Else torch.compile would compile again, or flex-attention run eagerly and hold every score."""
-    monkeypatch.setattr("trainer.diffusion.NUM_EVAL_SAMPLES", 3)
+    monkeypatch.setattr("trainer.latents.NUM_EVAL_SAMPLES", 3)
     trainer = make_trainer(tmp_path, vae_folder, "max_steps=1")
     seen = []
     loss = trainer.objective.loss

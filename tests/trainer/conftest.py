@@ -1,0 +1,31 @@
+"""Shared by the trainers' tests: the toy model and its VAE."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.toy import ALONE, SIZES, small_tokenizer
+from trainer.vae import VAETrainer
+from utils.config import load_config
+from wan.configs import WAN_CONFIGS
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> Path:
+    """A tiny VAE with four latent channels, untrained."""
+    folder = tmp_path_factory.mktemp("vae")
+    settings = ["trainer=vae", "height=32", "width=32", "batch_size=2", "vae.dim=4", "vae.z_dim=4"]
+    settings += ["vae.dim_mult=[1,1,2]", "data.num_frames=5", "data.tail_num_frames=5", "max_steps=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.vae.STATISTICS_CLIPS", 2)
+        VAETrainer(load_config(overrides=settings), ALONE, folder).train(visualize=False)
+    return folder / "export"
+
+
+@pytest.fixture
+def toy_sizes(monkeypatch):
+    """The toy model by name, and evaluations as small as it."""
+    monkeypatch.setitem(WAN_CONFIGS, "toy", SIZES)
+    monkeypatch.setattr("trainer.latents.NUM_SAMPLES", 1)
+    monkeypatch.setattr("trainer.latents.NUM_EVAL_SAMPLES", 2)
+    monkeypatch.setattr("trainer.latents.train_tokenizer", small_tokenizer)
