@@ -35,6 +35,7 @@ class Player:
     loss: Loss
     every: int = 1
     start_step: int = 0
+    is_critic: bool = False  # takes its learning rate and the like from the section critic_optimizer
 
     def due(self, step: int) -> bool:
         return step >= self.start_step and (step - self.start_step) % self.every == 0

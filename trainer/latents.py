@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from model.base import Batch, Loss, Player
 from pipeline.build import assemble_pipeline, generator_options
 from trainer.base import Trainer
-from utils.checkpoint import has_training_state, load_generator
+from utils.checkpoint import load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import TrainingData
 from utils.distributed import Rngs, SampleRngs, barrier
 from utils.puppet_latents import PuppetLatents
+from utils.training_state import has_training_state
 from utils.video import contact_sheet
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (

@@ -71,6 +71,11 @@ def init_distributed(device: str = "auto") -> Ranks:
     return Ranks(place, dist.get_rank(), dist.get_world_size())
 
 
+def ranks_per_node(ranks: Ranks) -> int:
+    """Processes that torchrun started on each machine; all of them when it did not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+
+
 def barrier(ranks: Ranks) -> None:
     """Wait for all ranks."""
     if ranks.size > 1:
@@ -92,11 +97,11 @@ def broadcast_value(value: float, ranks: Ranks) -> float:
     return box.item()
 
 
-def broadcast_module(module: nn.Module, ranks: Ranks) -> None:
-    """Give every rank rank 0's parameters and buffers."""
+def broadcast_tensors(tensors: Iterable[Tensor], ranks: Ranks) -> None:
+    """Give every rank rank 0's values."""
     if ranks.size > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
