@@ -6,20 +6,38 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-from safetensors.torch import load
+import numpy as np
+from safetensors.torch import load, save
 from torch import Tensor
 
 from wan.configs import WanConfig
 
 FOLDER = Path(__file__).parent / "golden"
+PLANES = 4  # the first, second, third and fourth bytes of all numbers stand together: the high ones repeat themselves
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 
 
 @cache
 def load_golden(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and config of one case: a safetensors file, compressed, whose header holds the config."""
+    """Tensors and config of one case: a safetensors file whose header holds the config, packed by `save_golden`."""
     raw = lzma.decompress((FOLDER / f"{name}.safetensors.xz").read_bytes())
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return load(raw), json.loads(header.get("__metadata__", {}).get("config", "{}"))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    config = json.loads(header.pop("__metadata__", {}).get("config", "{}"))
+    length = max(entry["data_offsets"][1] for entry in header.values())
+    body = np.frombuffer(raw[start:], np.uint8).reshape(PLANES, -1).T.tobytes()
+    return load(raw[:start] + body[:length]), config
+
+
+def save_golden(name: str, tensors: dict[str, Tensor], config: dict) -> Path:
+    """Pack one case without loss, about a tenth smaller than compressed as it is. Returns the file."""
+    raw = save(tensors, {"config": json.dumps(config)})
+    start = 8 + int.from_bytes(raw[:8], "little")
+    body = np.frombuffer(raw[start:], np.uint8)
+    planes = np.pad(body, (0, -len(body) % PLANES)).reshape(-1, PLANES).T.tobytes()
+    path = FOLDER / f"{name}.safetensors.xz"
+    path.write_bytes(lzma.compress(raw[:start] + planes, filters=FILTERS))
+    return path
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

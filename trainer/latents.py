@@ -15,8 +15,9 @@ from trainer.base import Trainer
 from utils.checkpoint import has_training_state, load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
-from utils.dataset import PuppetLatents
+from utils.dataset import TrainingData
 from utils.distributed import Rngs, SampleRngs, barrier
+from utils.puppet_latents import PuppetLatents
 from utils.video import contact_sheet
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (
@@ -64,7 +65,7 @@ class LatentTrainer(Trainer):
         self.latent_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.vae = load_vae(vae, device=self.device, dtype=self.latent_dtype)
         self.data = self.build_data("train", self.ranks.rank, config.data.pool_size, config.data.min_fill)
-        self.eval_data: PuppetLatents | None = None
+        self.eval_data: TrainingData | None = None
         return self.make_players()
 
     @abstractmethod
@@ -145,7 +146,7 @@ class LatentTrainer(Trainer):
             return Path(config.data.text_encoder_folder)
         return find_model_folder(config.model_name)
 
-    def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
+    def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> TrainingData:
         config = self.config
         if config.height != config.width:
             raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
@@ -174,12 +175,11 @@ class LatentTrainer(Trainer):
         self.data.advance(self.step)
 
     def prepare(self, rngs: SampleRngs) -> Batch:
-        latents, ids, mask = self.data.draw(rngs)
+        drawn = self.data.draw(rngs)
         dropped = rngs.rand(1) < self.config.data.text_dropout
-        ids, mask = (
-            torch.where(dropped, none, some) for none, some in zip(self.negative_tokens, (ids, mask), strict=True)
-        )
-        return Batch(latents, Conditioning(encode(self.text_encoder, ids, mask, longest=ids.shape[1])))
+        pairs = zip(self.negative_tokens, (drawn.ids, drawn.mask), strict=True)
+        ids, mask = (torch.where(dropped, none, some) for none, some in pairs)
+        return Batch(drawn.latents, Conditioning(encode(self.text_encoder, ids, mask, longest=ids.shape[1])))
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, T, text_dim], with the text encoder as it is now."""
@@ -215,10 +215,10 @@ class LatentTrainer(Trainer):
     @torch.enable_grad()
     def _held_out_pass(self, loss: Loss, rngs: SampleRngs) -> dict[str, Tensor]:
         """Loss of one batch. In shape and with gradient as in training: what was compiled for that serves here too."""
-        latents, ids, mask = self.eval_data.draw(rngs)
+        drawn = self.eval_data.draw(rngs)
         with self.autocast():
-            prompt_embeds = encode(self.text_encoder, ids, mask)
-            value, details = loss(Batch(latents, Conditioning(prompt_embeds)), rngs)
+            prompt_embeds = encode(self.text_encoder, drawn.ids, drawn.mask)
+            value, details = loss(Batch(drawn.latents, Conditioning(prompt_embeds)), rngs)
         return {"loss": value.detach(), **details}
 
     def sample(self, path: Path) -> None:

@@ -1,4 +1,5 @@
 """What the floors above share.
 
-Downwards on this floor: dataset > distributed; wan_wrapper > conditioning, scheduler; everything else stands alone.
+Downwards on this floor: puppet_latents > dataset > distributed; wan_wrapper > conditioning, scheduler; everything else
+stands alone.
 """

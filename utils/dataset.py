@@ -1,118 +1,84 @@
-"""Training data: endless puppet clips, rendered and encoded while the run goes on."""
+"""What a trainer asks of its data: samples that are a function of (seed, step, sample) and of nothing else."""
 
-import logging
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from utils.distributed import SampleRngs, mix_seed
-from world.captions import captions
-from world.puppet import sample_scenes
-from world.render import render
-
-logger = logging.getLogger(__name__)
-
-CAPTIONS_PER_CLIP = 4
-CLIPS_PER_RANK = 2**32  # scene numbers set aside for each rank
+from world.hashing import hash_tensor
 
 
-class PuppetLatents:
-    """A pool of encoded puppet clips that is renewed as training goes on.
+@dataclass(frozen=True)
+class Samples:
+    """B samples on the device. Words are tokens where a text encoder waits for them, embeddings where a cache has them.
 
-    Clip n of a rank is the same in every run of a seed. At step s the clips 0 .. min_fill + s * refresh_per_step - 1
-    have been made (rounded up to whole chunks) and the newest pool_size of them are in the pool:
-
-        step 0   [0 1 2 3 . . . .]      min_fill 4, pool_size 8, refresh_per_step 2
-        step 1   [0 1 2 3 4 5 . .]
-        step 3   [8 9 2 3 4 5 6 7]
-
-    so that a resumed run finds the pool of the interrupted one by making its clips again.
+    ids, mask: int64 [B, T]; prompt_embeds: [B, T, text_dim], zero beyond each text's length; one of the two is there.
+    latents: [B, F, C, H, W]; an ODE trajectory has its states in front, [B, states, F, C, H, W]; None for words alone.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[Tensor], Tensor],
-        tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
-        *,
-        seed: int,
-        rank: int,
-        num_latent_frames: int,
-        size: int,
-        pool_size: int,
-        min_fill: int,
-        refresh_per_step: int,
-        chunk_size: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.bfloat16,
-        split: str = "train",
-    ):
-        """encode: pixels [B, F_px, 3, size, size] in [-1, 1] -> latents [B, F, C, h, w]; size: side of a frame.
-        tokenize: prompts -> ids and mask, int64 [B, T] each, of one length T; done once per caption, not once per draw.
-        """
-        if pool_size % chunk_size:
-            raise ValueError(
-                f"data.pool_size {pool_size} is no multiple of data.encode_batch_size {chunk_size}; "
-                f"use {max(1, pool_size // chunk_size) * chunk_size}"
-            )
-        if not 0 < min_fill <= pool_size:
-            raise ValueError(f"data.min_fill is {min_fill}; it lies between 1 and data.pool_size = {pool_size}")
-        self.encode, self.tokenize, self.split = encode, tokenize, split
-        self.seed, self.first_clip = seed, rank * CLIPS_PER_RANK
-        self.num_frames, self.size = 1 + 4 * (num_latent_frames - 1), size
-        self.pool_size, self.min_fill, self.refresh_per_step = pool_size, min_fill, refresh_per_step
-        self.chunk_size, self.device, self.dtype = chunk_size, device, dtype
-        self.latents: Tensor | None = None  # [pool_size, F, C, h, w]
-        self.tokens: Tensor | None = None  # int32 [pool_size, CAPTIONS_PER_CLIP, 2, T]: ids and mask
-        self.oldest_chunk = self.num_chunks = 0  # the pool holds (some of) the chunks oldest_chunk .. num_chunks - 1
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    latents: Tensor | None = None
 
-    def __len__(self) -> int:
-        """Clips in the pool."""
-        return min((self.num_chunks - self.oldest_chunk) * self.chunk_size, self.pool_size)
 
-    def fill(self, step: int, *, whole: bool = True) -> None:
-        """Make the clips that the pool of `step` holds (not whole: the newest min_fill of them); log the rate."""
-        started = time.monotonic()
-        wanted = self._chunks_at(step)
-        held = self.pool_size // self.chunk_size if whole else self._chunks_at(0)
-        self.oldest_chunk = self.num_chunks = max(0, wanted - held)
-        made = (wanted - self.num_chunks) * self.chunk_size
-        self.advance(step)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds = time.monotonic() - started
-        logger.info("%d clips rendered and encoded in %.0f s (%.0f clips/s)", made, seconds, made / max(seconds, 1e-9))
+# Prompts to the words of Samples: a tokenizer on the device, or a cache of embeddings.
+Words = Callable[[list[str]], Samples]
 
-    def advance(self, step: int) -> None:
-        """Make the clips that are due by `step`."""
-        while self.num_chunks < self._chunks_at(step):
-            self._make_chunk(self.num_chunks)
-            self.num_chunks += 1
 
-    def draw(self, rngs: SampleRngs) -> tuple[Tensor, Tensor, Tensor]:
-        """For every sample any clip and any of its captions: latents [B, F, C, h, w], ids and mask, int64 [B, T]."""
-        clip, caption = rngs.rand(2).unbind(1)
-        newest = self.num_chunks * self.chunk_size - 1
-        clips = (newest - (clip * len(self)).long()) % self.pool_size
-        ids, mask = self.tokens[clips, (caption * CAPTIONS_PER_CLIP).long()].long().unbind(1)
-        return self.latents[clips], ids, mask
+class TrainingData(ABC):
+    """Where samples come from.
 
-    def _chunks_at(self, step: int) -> int:
-        return -(-(self.min_fill + step * self.refresh_per_step) // self.chunk_size)
+    `draw` must not remember: a resumed run, or one whose batch is split over other ranks and passes, sees the same
+    samples. What has to be made beforehand is made in `fill` and `advance`.
+    """
 
-    @torch.no_grad()
-    def _make_chunk(self, chunk: int) -> None:
-        first = self.first_clip + chunk * self.chunk_size
-        scenes = sample_scenes(self.chunk_size, self.seed, self.split, start=first, device=self.device)
-        told = scenes.to("cpu")  # before the rendering is queued: the host words captions while the device renders
-        latents = self.encode(render(scenes, self.num_frames, size=self.size)).to(self.dtype)
-        variants = [captions(told, mix_seed(self.seed, first, v)) for v in range(CAPTIONS_PER_CLIP)]
-        ids_and_mask = torch.stack(self.tokenize([text for texts in variants for text in texts]), dim=1)
-        tokens = ids_and_mask.int().unflatten(0, (CAPTIONS_PER_CLIP, self.chunk_size)).transpose(0, 1)
-        if self.latents is None:
-            self.latents = latents.new_zeros(self.pool_size, *latents.shape[1:])
-            self.tokens = torch.zeros(self.pool_size, *tokens.shape[1:], dtype=tokens.dtype, device=self.device)
-        place = chunk * self.chunk_size % self.pool_size
-        self.latents[place : place + self.chunk_size] = latents
-        self.tokens[place : place + self.chunk_size] = tokens.to(self.device)
+    def fill(self, step: int, *, whole: bool = True) -> None:  # noqa: B027 (optional)
+        """Called once before the first step of a process, which is `step`. whole=False: as little as will do."""
+
+    def advance(self, step: int) -> None:  # noqa: B027 (optional)
+        """Called after every step, with the number of the next."""
+
+    @abstractmethod
+    def draw(self, rngs: SampleRngs) -> Samples:
+        """Samples rngs.samples of step rngs.step, for the player rngs.stream."""
+
+
+class ShuffledEpochs:
+    """An endless stream over `size` items: each epoch holds every item once, in an order of its own.
+
+    Number n of the stream is a function of (seed, n): item n % size of the order of epoch n // size.
+    """
+
+    def __init__(self, size: int, seed: int):
+        if size < 1:
+            raise ValueError("no items to draw from; give at least one")
+        self.size, self.seed = size, seed
+        self._orders: dict[int, list[int]] = {}  # of the epochs last asked for: made again whenever they are missing
+
+    def __getitem__(self, n: int) -> int:
+        epoch, place = divmod(n, self.size)
+        if epoch not in self._orders:
+            self._orders = dict(list(self._orders.items())[-1:])  # a batch may hold the end of one epoch and the next
+            keys = torch.arange(self.size) + mix_seed(self.seed, epoch)
+            self._orders[epoch] = hash_tensor(keys).argsort(stable=True).tolist()
+        return self._orders[epoch][place]
+
+
+class EpochSampler:
+    """Which items a batch holds: every player walks epochs of its own, samples_per_step items in each of its steps."""
+
+    def __init__(self, size: int, seed: int, samples_per_step: int):
+        """samples_per_step: over all ranks and passes, the run's total batch."""
+        self.size, self.seed, self.samples_per_step = size, seed, samples_per_step
+        self._streams: dict[int, ShuffledEpochs] = {}
+
+    def __call__(self, rngs: SampleRngs) -> list[int]:
+        """Item of each of rngs.samples."""
+        if rngs.stream not in self._streams:
+            self._streams[rngs.stream] = ShuffledEpochs(self.size, mix_seed(self.seed, rngs.stream))
+        epochs, first = self._streams[rngs.stream], rngs.step * self.samples_per_step
+        return [epochs[first + sample] for sample in rngs.samples]

@@ -156,7 +156,7 @@ class SampleRngs:
 
     def __init__(self, rngs: Rngs, samples: range):
         self.samples = samples
-        self.step = rngs.step
+        self.step, self.stream = rngs.step, rngs.stream
         self.device = rngs.device
         index = torch.arange(samples.start, samples.stop, device=self.device)
         self.keys = hash_tensor(index + mix_seed(rngs.seed, rngs.step, rngs.stream, 1))

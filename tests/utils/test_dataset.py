@@ -1,101 +1,55 @@
-"""utils/dataset.py: the pool is what its picture says, and a resumed run finds it again."""
+"""utils/dataset.py: who computes a sample, when, and beside whom, does not change it."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from utils.dataset import PuppetLatents
+from utils.dataset import EpochSampler, ShuffledEpochs
 from utils.distributed import Rngs, SampleRngs
-from world.captions import claims
-from world.puppet import ACTIONS, sample_scenes
-
-CPU = torch.device("cpu")
 
 
-def small_encode(pixels: Tensor) -> Tensor:
-    """Every fourth frame, coarsely: [B, F, 3, 4, 4]."""
-    return pixels[:, ::4, :, ::4, ::4]
+def draws(step: int, samples: range, stream: int = 0) -> SampleRngs:
+    return SampleRngs(Rngs(3, step, torch.device("cpu"), stream), samples)
 
 
-def letters(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """A tokenizer: character codes, and where there are any."""
-    ids = torch.tensor([[ord(letter) for letter in text.ljust(160, "\0")] for text in texts])
-    return ids, (ids > 0).long()
+def test_each_epoch_holds_every_item_once_in_its_own_order():
+    stream = ShuffledEpochs(7, seed=1)
+    epochs = [tuple(stream[n] for n in range(7 * e, 7 * e + 7)) for e in range(20)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) == 20
+    assert epochs[0] != tuple(ShuffledEpochs(7, seed=2)[n] for n in range(7))
 
 
-def read(ids: Tensor) -> str:
-    return "".join(map(chr, ids.tolist())).rstrip("\0")
+def test_a_number_of_the_stream_needs_none_of_those_before_it():
+    walked = ShuffledEpochs(5, seed=1)
+    expected = [walked[n] for n in range(40)]
+    assert [ShuffledEpochs(5, seed=1)[n] for n in range(40)] == expected
+    backwards = ShuffledEpochs(5, seed=1)
+    assert [backwards[n] for n in reversed(range(40))] == expected[::-1]
 
 
-def draws(step: int, samples: range) -> SampleRngs:
-    return SampleRngs(Rngs(1, step, CPU), samples)
+def test_orders_are_fair():
+    """Every item comes first about equally often."""
+    stream = ShuffledEpochs(4, seed=0)
+    firsts = torch.bincount(torch.tensor([stream[4 * epoch] for epoch in range(2000)]), minlength=4)
+    assert firsts.min() > 420 and firsts.max() < 580  # 500 +- 4 deviations
 
 
-def make_pool(**options) -> PuppetLatents:
-    settings = {"seed": 1, "rank": 0, "num_latent_frames": 2, "size": 16, "pool_size": 8, "min_fill": 4}
-    settings |= {"refresh_per_step": 2, "chunk_size": 2, "device": CPU, "dtype": torch.float32}
-    return PuppetLatents(small_encode, letters, **(settings | options))
+def test_ranks_passes_and_resumes_share_one_walk():
+    sampler = EpochSampler(5, seed=1, samples_per_step=6)
+    whole = [item for step in range(5) for item in sampler(draws(step, range(6)))]
+    assert sorted(whole) == sorted([*range(5)] * 6)  # six epochs, cut into batches anywhere
+    again = EpochSampler(5, seed=1, samples_per_step=6)
+    parts = [again(draws(3, range(4, 6))), again(draws(3, range(2))), again(draws(3, range(2, 4)))]
+    assert parts[1] + parts[2] + parts[0] == whole[18:24]
 
 
-def test_it_grows_then_renews_the_oldest():
-    pool = make_pool()
-    pool.fill(0)
-    assert len(pool) == 4
-    first = pool.latents[:2].clone()
-    pool.advance(2)
-    assert len(pool) == 8
-    assert torch.equal(pool.latents[:2], first)
-    pool.advance(3)
-    assert len(pool) == 8
-    assert not torch.equal(pool.latents[:2], first)
+def test_players_walk_on_their_own():
+    sampler = EpochSampler(50, seed=1, samples_per_step=20)
+    generator, critic = (sampler(draws(0, range(20), stream)) for stream in (0, 1))
+    assert generator != critic
+    assert len(set(generator)) == len(set(critic)) == 20
 
 
-def test_a_resumed_run_finds_the_same_pool_and_draws():
-    walked, resumed = make_pool(), make_pool()
-    walked.fill(0)
-    for step in range(1, 8):
-        walked.advance(step)
-    resumed.fill(7)
-    assert torch.equal(walked.latents, resumed.latents)
-    assert torch.equal(walked.tokens, resumed.tokens)
-    whole, part = walked.draw(draws(7, range(6))), resumed.draw(draws(7, range(3, 6)))
-    assert all(torch.equal(a[3:], b) for a, b in zip(whole, part, strict=True))
-
-
-def test_a_compact_resume_makes_only_the_minimum():
-    pool = make_pool()
-    pool.fill(7, whole=False)
-    assert len(pool) == 4
-    latents, _, mask = pool.draw(draws(7, range(20)))
-    assert latents.abs().sum(dim=(1, 2, 3, 4)).min() > 0  # never an empty place
-    assert mask.any(1).all()
-
-
-def test_ranks_and_splits_see_different_clips():
-    pools = [make_pool(), make_pool(rank=1), make_pool(split="heldout"), make_pool(seed=2)]
-    for pool in pools:
-        pool.fill(0)
-    assert len({float(pool.latents[:4].sum()) for pool in pools}) == 4
-
-
-def test_captions_belong_to_their_clips():
-    pool = make_pool(pool_size=4)
-    pool.fill(0)
-    scenes = sample_scenes(4, 1)
-    actions = [ACTIONS[action] for action in scenes.action]
-    for place, variants in enumerate(pool.tokens[:, :, 0]):
-        texts = {read(ids) for ids in variants}
-        assert len(texts) > 1
-        assert {claims(text).get("action") for text in texts} <= {actions[place], None}
-    latents, ids, mask = pool.draw(draws(0, range(8)))
-    assert torch.equal(mask, (ids > 0).long())
-    for clip, text in zip(latents, map(read, ids), strict=True):
-        place = next(i for i in range(4) if torch.equal(pool.latents[i], clip))
-        assert claims(text).get("action") in (actions[place], None)
-
-
-def test_sizes_that_do_not_fit():
-    with pytest.raises(ValueError, match="use 6"):
-        make_pool(pool_size=7)
-    with pytest.raises(ValueError, match="between 1 and"):
-        make_pool(min_fill=9)
+def test_nothing_to_draw_from():
+    with pytest.raises(ValueError, match="at least one"):
+        ShuffledEpochs(0, seed=1)

@@ -6,6 +6,7 @@ D head size, T text tokens.
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Self
 
 import torch
@@ -22,6 +23,7 @@ from .weights import load_weights, save_safetensors
 # Self-attention of one layer, rotary positions included: (layer, q, k, v), each [B, L, N, D] -> [B, L, N, D].
 # Blocks do not know whether there is a mask, a cache, or neither.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Keys = tuple[Tensor, Tensor]  # keys and values of a prompt or an image, [B, T, N, D] each
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -98,9 +100,11 @@ class WanCrossAttention(WanSelfAttention):
     def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
         return self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
 
-    def forward(
-        self, x: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor] | None, backend: str
-    ) -> Tensor:
+    def prompt_keys(self, text: Tensor, image: Tensor | None) -> tuple[Keys, Keys | None]:
+        """Keys and values of embedded text [B, T, dim] and CLIP tokens [B, 257, dim]."""
+        return self.text_keys(text), None if image is None else self.image_keys(image)
+
+    def forward(self, x: Tensor, text: Keys, image: Keys | None, backend: str) -> Tensor:
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q, *text, backend)
         if image is not None:
@@ -121,17 +125,23 @@ class WanAttentionBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
+    def prompt_keys(self, text: Tensor, image: Tensor | None) -> tuple[Keys, Keys | None]:
+        """A door of its own, so that sharded weights are gathered for it as they are for `forward`."""
+        return self.cross_attn.prompt_keys(text, image)
+
     def forward(
         self,
         x: Tensor,
         time: Tensor,
         layer: int,
         attend: Attend,
-        text: tuple[Tensor, Tensor],
-        image: tuple[Tensor, Tensor] | None,
+        text: Tensor | Keys,
+        image: Tensor | Keys | None,
         backend: str,
     ) -> Tensor:
-        """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: keys and values for this layer."""
+        """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: embedded [B, T, dim], or this layer's keys of it."""
+        if isinstance(text, Tensor):
+            text, image = self.cross_attn.prompt_keys(text, image)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
         x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), layer, attend), gate1)
         x = x + self.cross_attn(self.norm3(x), text, image, backend)
@@ -182,7 +192,8 @@ class WanModel(nn.Module):
         self.config = config
         self.attention_backend = attention_backend
         self.gradient_checkpointing = False
-        self._block_forward: Callable | None = None  # compiled by compile_blocks
+        self.compute_device: torch.device | None = None  # set where weights compute elsewhere than they lie (sharding)
+        self.compute_dtype: torch.dtype | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -215,11 +226,11 @@ class WanModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
+        return self.compute_device or self.patch_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patch_embedding.weight.dtype
+        return self.compute_dtype or self.patch_embedding.weight.dtype
 
     def forward(
         self,
@@ -321,13 +332,12 @@ class WanModel(nn.Module):
                     raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim], the tokens of CLIPModel")
                 image = self.img_emb(clip_fea.to(self.dtype))
         for layer, block in enumerate(self.blocks):
-            text_keys, image_keys = prompt_keys(block.cross_attn, layer, text, image, remember)
-            call = block if self._block_forward is None else partial_block(self._block_forward, block)
-            arguments = (tokens, modulation, layer, attend, text_keys, image_keys, self.attention_backend)
+            prompt = (text, image) if remember is None else remembered_keys(block, layer, text, image, remember)
+            arguments = (tokens, modulation, layer, attend, *prompt, self.attention_backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(call, *arguments, use_reentrant=False)
+                tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                tokens = call(*arguments)
+                tokens = block(*arguments)
         frames = num_head_frames or grid[0]
         num_tokens = frames * grid[1] * grid[2]
         patches = self.head(tokens[:, -num_tokens:], time[:, -frames:])
@@ -366,22 +376,19 @@ class WanModel(nn.Module):
         save_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors", dtype)
 
     def compile_blocks(self, **kwargs) -> None:
-        """Compile the blocks (one graph for all layers); kwargs go to torch.compile. The state dict keeps its names."""
-        self._block_forward = torch.compile(WanAttentionBlock.forward, **kwargs)
+        """Compile the blocks (one graph for all layers); kwargs go to torch.compile. The state dict keeps its names.
+
+        Only what is inside a block is compiled: hooks around it, such as those that gather sharded weights, stay eager.
+        """
+        forward = torch.compile(WanAttentionBlock.forward, **kwargs)
+        for block in self.blocks:
+            block.forward = MethodType(forward, block)
 
 
-def partial_block(forward: Callable, block: WanAttentionBlock) -> Callable:
-    return lambda *arguments: forward(block, *arguments)
-
-
-def prompt_keys(
-    cross_attn: WanCrossAttention, layer: int, text: Tensor | None, image: Tensor | None, remember
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """Cross-attention keys of one layer: remembered ones, or fresh ones (which are then remembered)."""
-    if remember is not None and remember.text[layer] is not None:
-        return remember.text[layer], remember.image[layer]
-    text_keys = cross_attn.text_keys(text)
-    image_keys = None if image is None else cross_attn.image_keys(image)
-    if remember is not None:
-        remember.text[layer], remember.image[layer] = text_keys, image_keys
-    return text_keys, image_keys
+def remembered_keys(
+    block: WanAttentionBlock, layer: int, text: Tensor | None, image: Tensor | None, kv_cache
+) -> tuple[Keys, Keys | None]:
+    """The prompt's keys of one layer out of the cache; fresh ones are put there."""
+    if kv_cache.text[layer] is None:
+        kv_cache.text[layer], kv_cache.image[layer] = block.prompt_keys(text, image)
+    return kv_cache.text[layer], kv_cache.image[layer]

@@ -1,21 +1,18 @@
 """CLIP's vision tower from Wan's names: golden features, preprocessing, and files that do not fit."""
 
-import lzma
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
+from tests.golden_data import load_golden
 from wan.modules.clip import load_clip_vision, preprocess
 
 # The last block, the final norm and the head are zeroed in the file: Wan never runs them.
-GOLDEN = Path(__file__).parents[2] / "golden" / "e_clip_vision.safetensors.xz"
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
-    return load(lzma.decompress(GOLDEN.read_bytes()))
+    return load_golden("e_clip_vision")[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,21 @@
 """umT5 under Wan's names, Wan's text cleaning, and tokenizer folders."""
 
 import json
-import lzma
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
+from tests.golden_data import load_golden
 from wan.modules.text_encoder import TextTokenizer, clean_text, encode, load_umt5, new_umt5, save_umt5, to_wan_names
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "d_umt5.safetensors.xz"
 SIZES = {"vocab_size": 97, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 2, "num_heads": 4}
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
-    return load(lzma.decompress(GOLDEN.read_bytes()))
+    return load_golden("d_umt5")[0]
 
 
 @pytest.fixture(scope="module")

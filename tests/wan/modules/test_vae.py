@@ -1,17 +1,15 @@
 """The VAE: published figures, any chunking = whole, diffusers' implementation, edges, errors."""
 
 import json
-import lzma
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
+from tests.golden_data import load_golden
 from wan.modules import vae as vae_module
 from wan.modules.vae import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, WanVAE, load_vae
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "c_vae.safetensors.xz"
 TINY = {"dim": 4, "z_dim": 4, "dim_mult": (1, 2, 2), "num_res_blocks": 1, "temporal_downsample": (True, True)}
 STATISTICS = {"latents_mean": (0.1, -0.2, 0.3, 0.0), "latents_std": (1.0, 2.0, 0.5, 1.5)}
 
@@ -26,7 +24,7 @@ def tiny_vae(**changes) -> WanVAE:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
-    return load(lzma.decompress(GOLDEN.read_bytes()))
+    return load_golden("c_vae")[0]
 
 
 @pytest.fixture(scope="module")
