@@ -27,6 +27,12 @@ def few_step(
     return x0
 
 
+def few_step_times(denoising_step_list: Sequence[float], scheduler: FlowMatchScheduler, *, warp: bool) -> list[float]:
+    """Times in [0, 1000] of a step list; a trailing 0 only marks the end. warp: the list is on the unshifted grid."""
+    steps = [float(t) for t in denoising_step_list if t > 0]
+    return scheduler.warp(steps).tolist() if warp else steps
+
+
 def multi_step(
     denoise: Denoise,
     noise: Tensor,
