@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.rollout import FrameBlock, Path, denoise_path, plan_blocks, rollout
-from pipeline.samplers import SampleNoise, few_step, few_step_times, guide, multi_step
+from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
+from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
@@ -185,14 +185,7 @@ class CausalDiffusionInferencePipeline:
 
     def sample_block(self, noise: Tensor, block: FrameBlock, paths: list[Path], draw: SampleNoise) -> Tensor:
         """Clean latents of one block from its start noise [B, f, C, H, W] float32."""
-
-        def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-            predictions = [denoise_path(self.generator, path, block, x, t) for path in paths]
-            if len(predictions) == 1:
-                return predictions[0]
-            flow = guide(predictions[0][0], predictions[1][0], self.guidance_scale)
-            return flow, self.generator.scheduler.flow_to_x0(flow, x, t)
-
+        denoise = guided(self.generator, paths, block, self.guidance_scale)
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw)
         return multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)

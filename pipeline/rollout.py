@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pipeline.samplers import Denoise, guide
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.kv_cache import KVCache
@@ -60,10 +61,13 @@ def plan_blocks(
 
 @dataclass
 class Path:
-    """One way through the generator: what steers it and what it remembers. Guidance walks two of them."""
+    """One way through the generator: what steers it and what it remembers. Guidance walks two of them.
+
+    kv_cache None: a bidirectional generator, which sees its one block only.
+    """
 
     conditioning: Conditioning
-    kv_cache: KVCache
+    kv_cache: KVCache | None
 
 
 # From one block's start to its clean latents: (block, paths) -> [B, f, C, H, W]. It may run with gradient.
@@ -76,6 +80,21 @@ def denoise_path(
     """Flow and x0 of a block [B, f, C, H, W] at one time t, in the path's context. Moves nothing."""
     timestep = torch.zeros(x.shape[:2], device=x.device) + t  # no copy of a number: it would wait for the device
     return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
+
+
+def guided(
+    generator: WanDiffusionWrapper, paths: list[Path], block: FrameBlock, guidance_scale: float = 1.0
+) -> Denoise:
+    """What a sampler sees of one block: the first path's prediction, guided away from the second's if there is one."""
+
+    def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        predictions = [denoise_path(generator, path, block, x, t) for path in paths]
+        if len(predictions) == 1:
+            return predictions[0]
+        flow = guide(predictions[0][0], predictions[1][0], guidance_scale)
+        return flow, generator.scheduler.flow_to_x0(flow, x, t)
+
+    return denoise
 
 
 def rollout(

@@ -33,11 +33,21 @@ def few_step_times(denoising_step_list: Sequence[float], scheduler: FlowMatchSch
     return scheduler.warp(steps).tolist() if warp else steps
 
 
-def multi_step(denoise: Denoise, noise: Tensor, solver: str, steps: int, shift: float) -> Tensor:
-    """Follow the probability-flow ODE with a fresh multistep solver on Wan's grid."""
+def multi_step(
+    denoise: Denoise,
+    noise: Tensor,
+    solver: str,
+    steps: int,
+    shift: float,
+    *,
+    see: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE with a fresh solver on Wan's grid. see(i, x) is shown the state before step i."""
     scheduler = make_solver(solver, steps, shift, noise.device)
     x = noise
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
+        if see is not None:
+            see(i, x)
         flow, _ = denoise(x, t)
         x = scheduler.step(flow, t, x).prev_sample
     return x
