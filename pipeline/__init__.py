@@ -2,5 +2,11 @@
 
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
+from pipeline.self_forcing_training import SelfForcingTrainingPipeline, Trajectory
 
-__all__ = ["BidirectionalInferencePipeline", "CausalDiffusionInferencePipeline"]
+__all__ = [
+    "BidirectionalInferencePipeline",
+    "CausalDiffusionInferencePipeline",
+    "SelfForcingTrainingPipeline",
+    "Trajectory",
+]

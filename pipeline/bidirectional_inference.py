@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.samplers import SampleNoise, guide, multi_step
+from pipeline.rollout import FrameBlock, Path, guided
+from pipeline.samplers import SampleNoise, multi_step
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 
@@ -71,14 +72,8 @@ class BidirectionalInferencePipeline:
         embeds = [self.text_encoder(text_prompts)]
         if self.guidance_scale != 1:
             embeds.append(self.text_encoder([self.negative_prompt] * len(text_prompts)))
-        conditions = [Conditioning(embed.to(self.device)) for embed in embeds]
-
-        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            timestep = torch.zeros(x.shape[:2], device=x.device) + t
-            flows = [self.generator(x, condition, timestep)[0] for condition in conditions]
-            flow = flows[0] if len(flows) == 1 else guide(*flows, self.guidance_scale)
-            return flow, self.generator.scheduler.flow_to_x0(flow, x, timestep)
-
+        paths = [Path(Conditioning(embed.to(self.device)), None) for embed in embeds]
+        denoise = guided(self.generator, paths, FrameBlock(0, noise.shape[1]), self.guidance_scale)
         latents = multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)
         video = (self.vae.decode_to_pixel(latents) + 1) / 2
         return (video, latents) if return_latents else video

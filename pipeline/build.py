@@ -88,6 +88,7 @@ def assemble_pipeline(
         denoising_step_list=config.denoising_step_list,
         warp_denoising_step=config.warp_denoising_step,
         context_noise=config.context_noise,
+        clean_context=config.clean_context,
         independent_first_frame=config.independent_first_frame,
         **sampling,
     )

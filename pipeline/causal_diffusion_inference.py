@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.rollout import FrameBlock, Path, denoise_path, plan_blocks, rollout
-from pipeline.samplers import SampleNoise, few_step, guide, multi_step
+from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
+from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
@@ -21,7 +21,8 @@ class CausalDiffusionInferencePipeline:
     denoising_step_list: times of a few-step (self-forcing) model on the unshifted 0-1000 grid, warped by the
     generator's shift unless warp_denoising_step is off; one pass each, no guidance. None: `sampling_steps` of `solver`
     with classifier-free guidance over two caches, kv_cache_pos and kv_cache_neg. context_noise: time in [0, 1000] at
-    which finished blocks are remembered.
+    which finished blocks are remembered. clean_context: remember a block by one more pass over its clean latents; off
+    (for models trained so) by the keys of its last denoising step, which saves that pass.
 
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
@@ -40,6 +41,7 @@ class CausalDiffusionInferencePipeline:
         solver: str = "unipc",
         sampling_steps: int = 50,
         context_noise: float = 0.0,
+        clean_context: bool = True,
         independent_first_frame: bool = False,
     ):
         self.generator = generator
@@ -51,14 +53,14 @@ class CausalDiffusionInferencePipeline:
         self.solver = solver
         self.sampling_steps = sampling_steps
         self.context_noise = context_noise
+        self.clean_context = clean_context
         self.independent_first_frame = independent_first_frame
         self.kv_cache_pos: KVCache | None = None
         self.kv_cache_neg: KVCache | None = None
         self._streams = 0
         self.timesteps: list[float] | None = None
         if denoising_step_list:
-            steps = [float(t) for t in denoising_step_list if t > 0]  # a trailing 0 only marks the end
-            self.timesteps = generator.scheduler.warp(steps).tolist() if warp_denoising_step else steps
+            self.timesteps = few_step_times(denoising_step_list, generator.scheduler, warp=warp_denoising_step)
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +149,7 @@ class CausalDiffusionInferencePipeline:
             sample,
             initial_latent=initial_latent,
             context_noise=self.context_noise,
+            clean_context=self.clean_context,
             draw=draw,
         )
         for step in walk:
@@ -182,14 +185,7 @@ class CausalDiffusionInferencePipeline:
 
     def sample_block(self, noise: Tensor, block: FrameBlock, paths: list[Path], draw: SampleNoise) -> Tensor:
         """Clean latents of one block from its start noise [B, f, C, H, W] float32."""
-
-        def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-            predictions = [denoise_path(self.generator, path, block, x, t) for path in paths]
-            if len(predictions) == 1:
-                return predictions[0]
-            flow = guide(predictions[0][0], predictions[1][0], self.guidance_scale)
-            return flow, self.generator.scheduler.flow_to_x0(flow, x, t)
-
+        denoise = guided(self.generator, paths, block, self.guidance_scale)
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw)
         return multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)

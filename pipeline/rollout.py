@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pipeline.samplers import Denoise, guide
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.kv_cache import KVCache
@@ -60,10 +61,13 @@ def plan_blocks(
 
 @dataclass
 class Path:
-    """One way through the generator: what steers it and what it remembers. Guidance walks two of them."""
+    """One way through the generator: what steers it and what it remembers. Guidance walks two of them.
+
+    kv_cache None: a bidirectional generator, which sees its one block only.
+    """
 
     conditioning: Conditioning
-    kv_cache: KVCache
+    kv_cache: KVCache | None
 
 
 # From one block's start to its clean latents: (block, paths) -> [B, f, C, H, W]. It may run with gradient.
@@ -78,6 +82,21 @@ def denoise_path(
     return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
 
 
+def guided(
+    generator: WanDiffusionWrapper, paths: list[Path], block: FrameBlock, guidance_scale: float = 1.0
+) -> Denoise:
+    """What a sampler sees of one block: the first path's prediction, guided away from the second's if there is one."""
+
+    def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        predictions = [denoise_path(generator, path, block, x, t) for path in paths]
+        if len(predictions) == 1:
+            return predictions[0]
+        flow = guide(predictions[0][0], predictions[1][0], guidance_scale)
+        return flow, generator.scheduler.flow_to_x0(flow, x, t)
+
+    return denoise
+
+
 def rollout(
     generator: WanDiffusionWrapper,
     paths: list[Path],
@@ -86,18 +105,23 @@ def rollout(
     *,
     initial_latent: Tensor | None = None,
     context_noise: float = 0.0,
+    clean_context: bool = True,
     draw: Callable[[torch.Size], Tensor] | None = None,
 ) -> Iterator[tuple[FrameBlock, Tensor]]:
     """Yield each block and its latents [B, f, C, H, W]; a block becomes context when the next one is asked for.
 
     initial_latent [B, num_input_frames, C, H, W] fills the given blocks. Context costs one clean pass per block and
     path, and the last block none. context_noise: time in [0, 1000] at which later blocks see a block; 0 adds exactly
-    nothing, anything else adds noise from `draw`, in training and inference alike.
+    nothing, anything else adds noise from `draw`, in training and inference alike. clean_context False: no such pass,
+    later blocks see the keys that the block's last denoising step left in the cache.
     """
     previous = None
     for block in blocks:
         if previous is not None:
-            remember(generator, paths, *previous, context_noise, draw)
+            if clean_context or previous[0].given:
+                remember(generator, paths, *previous, context_noise, draw)
+            for path in paths:
+                path.kv_cache.commit(previous[0].num_frames)
         if block.given:
             latents = initial_latent[:, block.start : block.stop].float()
         else:
@@ -115,9 +139,8 @@ def remember(
     context_noise: float = 0.0,
     draw: Callable[[torch.Size], Tensor] | None = None,
 ) -> None:
-    """Make a finished block context: one pass at its final noise level, then commit. No gradient flows back."""
+    """Keys and values of a finished block: one pass at its final noise level. No gradient flows back."""
     if context_noise and not block.given:
         latents = generator.scheduler.add_noise(latents, draw(latents.shape), context_noise)
     for path in paths:
         denoise_path(generator, path, block, latents, 0.0 if block.given else context_noise)
-        path.kv_cache.commit(block.num_frames)

@@ -27,11 +27,27 @@ def few_step(
     return x0
 
 
-def multi_step(denoise: Denoise, noise: Tensor, solver: str, steps: int, shift: float) -> Tensor:
-    """Follow the probability-flow ODE with a fresh multistep solver on Wan's grid."""
+def few_step_times(denoising_step_list: Sequence[float], scheduler: FlowMatchScheduler, *, warp: bool) -> list[float]:
+    """Times in [0, 1000] of a step list; a trailing 0 only marks the end. warp: the list is on the unshifted grid."""
+    steps = [float(t) for t in denoising_step_list if t > 0]
+    return scheduler.warp(steps).tolist() if warp else steps
+
+
+def multi_step(
+    denoise: Denoise,
+    noise: Tensor,
+    solver: str,
+    steps: int,
+    shift: float,
+    *,
+    see: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE with a fresh solver on Wan's grid. see(i, x) is shown the state before step i."""
     scheduler = make_solver(solver, steps, shift, noise.device)
     x = noise
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
+        if see is not None:
+            see(i, x)
         flow, _ = denoise(x, t)
         x = scheduler.step(flow, t, x).prev_sample
     return x

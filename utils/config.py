@@ -159,6 +159,7 @@ class Config:
     denoising_step_list: list[float] | None = None  # few-step sampling on the unshifted 0-1000 grid; None: many steps
     warp_denoising_step: bool = True  # apply timestep_shift to denoising_step_list
     context_noise: float = 0.0  # timestep in [0, 1000] of the frames that later blocks look at
+    clean_context: bool = True  # False: no clean pass, context is what the last denoising step left (train so, too)
     rope_base: Literal["absolute", "window"] = "absolute"  # window: time positions relative to the window, for streams
     timestep_shift: float = 3.0  # the one shift: training, sampling and warping
     guidance_scale: float = 3.0  # classifier-free guidance w in  uncond + w (cond - uncond); 1 turns it off

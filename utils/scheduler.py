@@ -23,6 +23,11 @@ class FlowMatchScheduler:
         u = torch.as_tensor(t).double() / self.num_train_timesteps
         return (self.num_train_timesteps * self.shift * u / (1 + (self.shift - 1) * u)).float()
 
+    def unwarp(self, t: Tensor | list[float]) -> Tensor:
+        """The inverse of warp: times under the shift -> times on the even grid. Float32."""
+        u = torch.as_tensor(t).double() / self.num_train_timesteps
+        return (self.num_train_timesteps * u / (self.shift - (self.shift - 1) * u)).float()
+
     def sigma(self, t: Tensor | float, like: Tensor) -> Tensor:
         """t / 1000 in float32, with trailing axes so that it multiplies `like`."""
         if not isinstance(t, Tensor):  # filled on the device: a copy would wait for it, once in every step of a stream

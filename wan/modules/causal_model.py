@@ -139,22 +139,33 @@ class CausalWanModel(WanModel):
         return self.local_attn_size if num_frames is None else min(self.local_attn_size, num_frames)
 
     def make_kv_cache(
-        self, batch_size: int, height: int, width: int, num_frames: int | None = None, *, keep_all: bool = False
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        num_frames: int | None = None,
+        *,
+        keep_all: bool = False,
+        keeps_last_pass: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> KVCache:
-        """Empty cache for latents of `height` x `width` cells, in the model's dtype and on its device.
+        """Empty cache for latents of `height` x `width` cells on the model's device, by default in its dtype.
 
         num_frames: latent frames of the whole video; needed without a window, an upper bound with one. keep_all: never
-        overwrite (a training rollout whose checkpointed blocks are recomputed). Memory: 2 * num_layers * frames *
-        tokens per frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21 frames of 60x104.
+        overwrite (a training rollout whose checkpointed blocks are recomputed). keeps_last_pass: KVCache's.
+
+        Memory: 2 * num_layers * frames * tokens per frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21
+        frames of 60x104.
         """
         capacity = self.cache_capacity(num_frames, keep_all=keep_all)
         frame_seqlen = self.config.tokens_per_frame(height, width)
         shape = (batch_size, capacity * frame_seqlen, self.config.num_heads, self.config.head_dim)
 
         def slab() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
         return KVCache(
+            keeps_last_pass=keeps_last_pass,
             keys=[slab() for _ in self.blocks],
             values=[slab() for _ in self.blocks],
             frame_seqlen=frame_seqlen,

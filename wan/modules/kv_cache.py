@@ -34,6 +34,7 @@ class KVCache:
     local_attn_size: int = -1
     sink_size: int = 0
     start_frame: int = 0  # absolute index of the next frame; a Python int, never read back from the device
+    keeps_last_pass: bool = False  # passes with gradient leave their keys too, for walks without a clean pass
     text: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)  # cross-attention K/V per layer
     image: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
@@ -121,20 +122,21 @@ class KVContext:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of context and block: key, value [B, n * frame_seqlen, N, D] -> [B, visible, N, D] each.
 
-        Without gradient the block is written into its slots (in place). With gradient nothing is written: the context
-        is a detached copy, so that no gradient crosses blocks and a recomputed pass reads what the first one read.
+        Without gradient the block is written into its slots (in place). With gradient nothing is written (unless the
+        cache keeps_last_pass, when a recomputed pass writes the same once more): the context is a detached copy, so
+        that no gradient crosses blocks and a recomputed pass reads what the first one read.
         """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         if key.shape[0] != keys.shape[0]:
             raise ValueError(
                 f"the KV cache was made for batch {keys.shape[0]}, this pass has batch {key.shape[0]}; make a new cache"
             )
-        if not torch.is_grad_enabled():
-            self._write(keys, key)
-            self._write(values, value)
-            if self._reads_in_place():
-                length = (len(self._past) + len(self._own)) * self._cache.frame_seqlen
-                return keys[:, :length], values[:, :length]
+        if self._cache.keeps_last_pass or not torch.is_grad_enabled():
+            self._write(keys, key.detach())
+            self._write(values, value.detach())
+        if self._reads_in_place():
+            length = (len(self._past) + len(self._own)) * self._cache.frame_seqlen
+            return keys[:, :length], values[:, :length]
         past = list(runs(self._past))
         return self._join(keys, past, key), self._join(values, past, value)
 
@@ -147,4 +149,5 @@ class KVContext:
 
     def _join(self, slab: Tensor, past: list[tuple[int, int]], block: Tensor) -> Tensor:
         size = self._cache.frame_seqlen
-        return torch.cat([slab[:, first * size : last * size].detach() for first, last in past] + [block], dim=1)
+        context = [slab[:, first * size : last * size].detach() for first, last in past]
+        return torch.cat([*context, block.to(slab.dtype)], dim=1)

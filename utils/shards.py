@@ -1,0 +1,167 @@
+"""Many tensors on disk: safetensors shards, each with a JSONL index of its items. What is finished is never made twice.
+
+    folder/
+      about.json            what the tensors are and what made them; nothing else is ever added to this folder
+      shard-000000.jsonl    one line per item: {"key": "...", "prompt": "...", ...}
+      shard-000000.safetensors    tensors "0.latents", "1.latents", ...: item n of the shard, by name
+
+A shard counts from the moment its .jsonl appears, which is written last; both appear by renaming a finished file. So a
+process killed at any moment leaves whole shards only, and a run that goes on makes exactly the items that no index
+lists, on however many processes.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from utils.distributed import Ranks, barrier
+from wan.modules.weights import save_safetensors
+
+logger = logging.getLogger(__name__)
+
+# An item's row for the index and its tensors by name; a row with "skipped", the reason, has no tensors.
+Made = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of an index, and where its tensors are."""
+
+    row: dict[str, Any]
+    shard: Path
+    place: int
+
+
+class Shards:
+    """A finished (or growing) folder, for reading. Items stand in the order of their keys, however they were made."""
+
+    def __init__(self, folder: str | Path, kind: str):
+        """kind: what about.json must say these tensors are. Raises FileNotFoundError or ValueError."""
+        self.folder = Path(folder)
+        self.about = read_about(self.folder, kind)
+        found = [item for item in read_items(self.folder) if "skipped" not in item.row]
+        self.items = sorted(found, key=lambda item: item.row["key"])
+        self._open: dict[Path, Any] = {}
+        if not self.items:
+            raise ValueError(f"{folder} holds no finished shard of {kind}; let the script that fills it end")
+
+    def read(self, item: Item, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        try:
+            if item.shard not in self._open:
+                self._open[item.shard] = safe_open(item.shard, framework="pt")
+            return self._open[item.shard].get_tensor(f"{item.place}.{name}")
+        except (SafetensorError, OSError) as error:
+            index = item.shard.with_suffix(".jsonl").name
+            raise ValueError(
+                f"{item.shard} is damaged or missing ({error}); delete {index} beside it and run the script that fills "
+                "this folder again"
+            ) from error
+
+
+@dataclass
+class ShardWriter:
+    """Fills a folder, alone or as one of many ranks.
+
+    about: what must agree for old and new items to lie in one folder, JSON-able, "kind" among it.
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+    ranks: Ranks
+    items_per_shard: int
+    done: set[str] = field(default_factory=set)  # keys
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.ranks.is_main and not (self.folder / "about.json").is_file():
+            _write_text(self.folder / "about.json", json.dumps(dict(self.about), indent=2) + "\n")
+        barrier(self.ranks)
+        _check_about(self.folder, self.about)
+        items = read_items(self.folder)
+        self.done = {item.row["key"] for item in items}
+        self.next_shard = 1 + max((int(item.shard.stem.removeprefix("shard-")) for item in items), default=-1)
+        barrier(self.ranks)  # every rank has read the same folder before the first one writes
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those that no index lists, each once, in their order."""
+        return [key for key in dict.fromkeys(keys) if key not in self.done]
+
+    def fill(self, keys: Sequence[str], make: Callable[[list[str]], Iterable[Made]]) -> None:
+        """Make what is missing of `keys`, this rank's share of it; returns when all ranks have.
+
+        make(keys of one shard) yields their rows and tensors, in order; "key" is put into the rows here.
+        """
+        missing = self.missing(keys)
+        shares = [missing[i : i + self.items_per_shard] for i in range(0, len(missing), self.items_per_shard)]
+        logger.info("%d of %d items in %s are there already", len(keys) - len(missing), len(keys), self.folder)
+        started, own = time.monotonic(), range(self.ranks.rank, len(shares), self.ranks.size)
+        for number, index in enumerate(own, start=1):
+            self._write(self.next_shard + index, shares[index], make(shares[index]))
+            seconds = (time.monotonic() - started) / number
+            left = seconds * (len(own) - number) / 60
+            logger.info("shard %d of %d, %.1f s each, %.1f min left", number, len(own), seconds, left)
+        barrier(self.ranks)
+        self.done.update(missing)
+        self.next_shard += len(shares)
+
+    def _write(self, number: int, keys: list[str], made: Iterable[Made]) -> None:
+        rows, tensors = [], {}
+        for place, (key, (row, named)) in enumerate(zip(keys, made, strict=True)):
+            rows.append({"key": key, **row})
+            tensors |= {f"{place}.{name}": tensor for name, tensor in named.items()}
+        path = self.folder / f"shard-{number:06d}.safetensors"
+        save_safetensors(tensors, path)
+        _write_text(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_about(folder: Path, kind: str) -> dict[str, Any]:
+    """What a folder says of itself; refused if it is not there or of another kind."""
+    path = folder / "about.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {kind}: it has no about.json; give a folder that a script filled")
+    about = _parse(path, path.read_text(encoding="utf-8"))
+    if about.get("kind") != kind:
+        raise ValueError(f"{folder} holds {about.get('kind')}, not {kind}; give another folder")
+    return about
+
+
+def read_items(folder: Path) -> list[Item]:
+    """All lines of all indices, skipped items among them, shard by shard."""
+    items = []
+    for path in sorted(folder.glob("shard-*.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        shard = path.with_suffix(".safetensors")
+        items += [Item(_parse(path, line, number), shard, number) for number, line in enumerate(lines)]
+    return items
+
+
+def _check_about(folder: Path, wanted: Mapping[str, Any]) -> None:
+    found = read_about(folder, wanted["kind"])
+    for key, value in json.loads(json.dumps(dict(wanted))).items():  # as JSON tells it: tuples are lists
+        if found.get(key) != value:
+            raise ValueError(
+                f"{folder} was made with {key} {found.get(key)!r}, this run has {value!r}; give another folder, or "
+                "delete this one to make it anew"
+            )
+
+
+def _parse(path: Path, text: str, line: int | None = None) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f", line {line + 1}" if line is not None else ""
+        raise ValueError(f"{path}{where} is damaged ({error.msg}); delete it and make its shard again") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
