@@ -22,7 +22,7 @@ from wan.configs import (
 from wan.modules.causal_model import CausalWanModel
 from wan.modules.clip import load_clip_vision
 from wan.modules.kv_cache import KVCache
-from wan.modules.model import WanModel
+from wan.modules.model import Features, WanModel
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5
 from wan.modules.vae import VAECache, load_vae
 
@@ -86,20 +86,22 @@ class WanDiffusionWrapper(nn.Module):
         clean_x: Tensor | None = None,
         aug_t: Tensor | None = None,
         add_condition: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Features]:
         """Flow and x0, both [B, F, C, H, W] float32, of noisy latents [B, F, C, H, W] at timestep [B, F] in [0, 1000].
 
         conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]) and
-        aug_t are CausalWanModel.forward's. add_condition overrides conditioning's pose.
+        aug_t are CausalWanModel.forward's; taps, which adds a third output, is WanModel.forward's. add_condition
+        overrides conditioning's pose.
         """
-        options = {}
+        options = {"taps": taps} if taps else {}
         if self.is_causal:
             options = {
                 "kv_cache": kv_cache,
                 "clean_x": None if clean_x is None else clean_x.transpose(1, 2),
                 "aug_t": aug_t,
             }
-        flow = self.model(
+        out = self.model(
             noisy_image_or_video.transpose(1, 2),
             timestep,
             conditioning.prompt_embeds,
@@ -108,8 +110,9 @@ class WanDiffusionWrapper(nn.Module):
             add_condition=conditioning.add_condition if add_condition is None else add_condition,
             **options,
         )
+        flow, *features = out if taps else (out,)
         flow = flow.transpose(1, 2).float()
-        return flow, self.scheduler.flow_to_x0(flow, noisy_image_or_video, timestep)
+        return flow, self.scheduler.flow_to_x0(flow, noisy_image_or_video, timestep), *features
 
 
 MEMO_SIZE = 64  # prompts whose embeddings are kept, 4 MB each at full size in bf16

@@ -4,10 +4,10 @@ Shapes: B batch, F latent frames, C latent channels, H W latent size, S tokens p
 D head size, T text tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn as nn
@@ -180,6 +180,13 @@ class ImageEmbedding(nn.Module):
         return self.proj(clip_fea)
 
 
+class Features(NamedTuple):
+    """What a network thinks of a clip on the way to its flow, for a head that judges (wan.modules.discriminator)."""
+
+    tokens: list[Tensor]  # [B, L, dim] after every tapped block
+    time: Tensor  # [B, F, dim] time embedding, float32
+
+
 class WanModel(nn.Module):
     """Bidirectional Wan2.1 transformer (arXiv 2503.20314): predicts the flow eps - x0 of a noisy latent clip.
 
@@ -241,12 +248,13 @@ class WanModel(nn.Module):
         y: Tensor | None = None,
         *,
         add_condition: Tensor | None = None,
-    ) -> Tensor:
+        taps: Sequence[int] = (),
+    ) -> Tensor | tuple[Tensor, Features]:
         """Flow of a whole clip; every token sees every token.
 
         x [B, C, F, H, W]; t [B] or [B, F] in [0, 1000]; context [B, <=T, text_dim] (padded with zeros to text_len,
         padding is attended to); clip_fea [B, 257, clip_dim] and y [B, in_dim - C, F, H, W] for i2v; add_condition [B,
-        L, pose_dim]. Returns [B, out_dim, F, H, W].
+        L, pose_dim]. Returns [B, out_dim, F, H, W]; with taps (blocks, counted from 0) also the features after them.
         """
         tokens, grid = self.embed(x, y, add_condition)
         rope = rope_frequencies(self.config.head_dim, range(grid[0]), *grid[1:], device=x.device)
@@ -254,7 +262,7 @@ class WanModel(nn.Module):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(apply_rope(q, rope), apply_rope(k, rope), v, self.attention_backend)
 
-        return self.run(tokens, self.frame_times(t, grid[0]), context, clip_fea, attend, grid)
+        return self.run(tokens, self.frame_times(t, grid[0]), context, clip_fea, attend, grid, taps=taps)
 
     def embed(self, x: Tensor, y: Tensor | None, add_condition: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
         """Patches as tokens [B, L, dim], and their grid (F, rows, columns)."""
@@ -316,13 +324,15 @@ class WanModel(nn.Module):
         grid: tuple[int, int, int],
         kv_cache=None,
         num_head_frames: int | None = None,
-    ) -> Tensor:
+        taps: Sequence[int] = (),
+    ) -> Tensor | tuple[Tensor, Features]:
         """All blocks and the head on embedded tokens [B, L, dim]; t [B, frames of the token sequence].
 
         kv_cache: where the prompt's keys are remembered (wan.modules.kv_cache.KVCache), without gradient only.
         num_head_frames: only the last so many frames go through the head (teacher forcing: the noisy half).
         """
         time, modulation = self.embed_time(t)
+        tapped: list[Tensor] = []
         remember = kv_cache if not torch.is_grad_enabled() else None
         text = image = None  # embedded when a layer first asks
         if remember is None or remember.text[0] is None:
@@ -338,10 +348,12 @@ class WanModel(nn.Module):
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens = block(*arguments)
+            tapped += [tokens] * taps.count(layer)
         frames = num_head_frames or grid[0]
         num_tokens = frames * grid[1] * grid[2]
         patches = self.head(tokens[:, -num_tokens:], time[:, -frames:])
-        return self.unpatchify(patches, (frames, *grid[1:]))
+        flow = self.unpatchify(patches, (frames, *grid[1:]))
+        return (flow, Features(tapped, time)) if taps else flow
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, F*h*w, prod(patch) * C] -> [B, C, F*pf, h*ph, w*pw]; in a patch the channel varies fastest."""
