@@ -161,11 +161,17 @@ class SampleRngs:
 
     def __init__(self, rngs: Rngs, samples: range):
         self.samples = samples
+        self.rngs = rngs
         self.step, self.stream = rngs.step, rngs.stream
         self.device = rngs.device
         index = torch.arange(samples.start, samples.stop, device=self.device)
         self.keys = hash_tensor(index + mix_seed(rngs.seed, rngs.step, rngs.stream, 1))
         self.num_drawn = 0
+
+    @property
+    def shared(self) -> torch.Generator:
+        """For decisions of the whole step, the same in every pass and on every rank; it starts anew each time."""
+        return self.rngs.shared
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal float32 [B, *shape]."""
