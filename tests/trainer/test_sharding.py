@@ -162,24 +162,31 @@ def test_four_ranks_then_two_then_one_are_one_process(alone: Path, tmp_path: Pat
     assert numbers[-1]["eval/size"] == pytest.approx(expected[-1]["eval/size"], rel=1e-3)
 
 
-def test_shards_in_main_memory_and_a_compact_state(alone: Path, tmp_path: Path):
-    common = "sharding_strategy=hybrid_full checkpoint.compact=true"
-    train_on(2, tmp_path, f"max_steps=3 batch_size=2 cpu_offload=true {common} then max_steps=3 batch_size=2 {common}")
-    train(tmp_path / "alone", "max_steps=3", "batch_size=4", "sharding_strategy=no_shard", "checkpoint.compact=true")
-    states = [load_training_state(folder).tensors for folder in (tmp_path, tmp_path / "alone")]
-    assert_close(*states, tolerance=2e-3)  # bfloat16 has three digits
-    assert all(tensor.dtype == torch.bfloat16 for tensor in states[0].values())
-
-
-def test_compiled_shards_and_the_export_of_their_average(tmp_path: Path):
-    train_on(2, tmp_path, "max_steps=1 batch_size=2 sharding_strategy=full compile=true gradient_checkpointing=true")
-    train(tmp_path / "alone", "max_steps=1", "batch_size=4", "sharding_strategy=no_shard")
-    assert_close(*(load_training_state(folder).tensors for folder in (tmp_path, tmp_path / "alone")))
+def test_shards_in_main_memory_and_their_export(tmp_path: Path):
+    train_on(2, tmp_path, "max_steps=3 batch_size=2 sharding_strategy=hybrid_full cpu_offload=true")
     exported = load_file(tmp_path / "export" / "diffusion_pytorch_model.safetensors")
     state = load_training_state(tmp_path).tensors
     assert exported
     for name, tensor in exported.items():
         assert torch.equal(tensor, state[f"student/ema/generator.model.{name}"]), name
+    train(tmp_path / "alone", "max_steps=3", "batch_size=4", "sharding_strategy=no_shard")
+    assert_close(state, load_training_state(tmp_path / "alone").tensors)
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_and_checkpointed_blocks_of_a_mesh_of_one(tmp_path: Path, group_of_one):
+    options = ["sharding_strategy=full", "compile=true", "gradient_checkpointing=true", "checkpoint.compact=true"]
+    train(tmp_path / "cut", "max_steps=1", "batch_size=4", *options)
+    train(tmp_path / "whole", "max_steps=1", "batch_size=4", "sharding_strategy=no_shard", "checkpoint.compact=true")
+    cut, whole = (load_training_state(tmp_path / name).tensors for name in ("cut", "whole"))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in cut.values())
+    assert_close(cut, whole, tolerance=4e-3)  # bfloat16 has three digits
 
 
 def test_a_critic_has_a_learning_rate_of_its_own(tmp_path: Path):
@@ -189,15 +196,11 @@ def test_a_critic_has_a_learning_rate_of_its_own(tmp_path: Path):
     assert critic.settings.max_grad_norm == student.settings.max_grad_norm == 0.1
 
 
-def test_settings_that_cannot_work(tmp_path: Path):
+def test_settings_that_cannot_work(tmp_path: Path, group_of_one):
     with pytest.raises(ConfigError, match="cpu_offload moves sharded weights, and this run shards none; start it"):
-        train(tmp_path, "max_steps=1", "cpu_offload=true")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="sharding_group_size 4 does not divide 6 ranks; use one of 1, 2, 3, 6"):
-            make_mesh("hybrid_full", Ranks(torch.device("cpu"), 0, 6), 4, ranks_per_node=6)
-    finally:
-        dist.destroy_process_group()
+        train(tmp_path, "max_steps=1", "cpu_offload=true", "sharding_strategy=no_shard")
+    with pytest.raises(ValueError, match="sharding_group_size 4 does not divide 6 ranks; use one of 1, 2, 3, 6"):
+        make_mesh("hybrid_full", Ranks(torch.device("cpu"), 0, 6), 4, ranks_per_node=6)
 
 
 if __name__ == "__main__":
