@@ -29,6 +29,11 @@ class Samples:
 Words = Callable[[list[str]], Samples]
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class TrainingData(ABC):
     """Where samples come from.
 

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from wan.modules.weights import save_safetensors
 
 logger = logging.getLogger(__name__)
 
-# An item's row for the index and its tensors by name; a row with "skipped", the reason, has no tensors.
+# An item's row for the index and its tensors by name.
 Made = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -46,8 +46,7 @@ class Shards:
         """kind: what about.json must say these tensors are. Raises FileNotFoundError or ValueError."""
         self.folder = Path(folder)
         self.about = read_about(self.folder, kind)
-        found = [item for item in read_items(self.folder) if "skipped" not in item.row]
-        self.items = sorted(found, key=lambda item: item.row["key"])
+        self.items = sorted(read_items(self.folder), key=lambda item: item.row["key"])
         self._open: dict[Path, Any] = {}
         if not self.items:
             raise ValueError(f"{folder} holds no finished shard of {kind}; let the script that fills it end")
@@ -68,7 +67,7 @@ class Shards:
 
 @dataclass
 class ShardWriter:
-    """Fills a folder, alone or as one of many ranks.
+    """Fills a folder once, alone or as one of many ranks.
 
     about: what must agree for old and new items to lie in one folder, JSON-able, "kind" among it.
     """
@@ -77,7 +76,6 @@ class ShardWriter:
     about: Mapping[str, Any]
     ranks: Ranks
     items_per_shard: int
-    done: set[str] = field(default_factory=set)  # keys
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,10 +92,11 @@ class ShardWriter:
         """Those that no index lists, each once, in their order."""
         return [key for key in dict.fromkeys(keys) if key not in self.done]
 
-    def fill(self, keys: Sequence[str], make: Callable[[list[str]], Iterable[Made]]) -> None:
+    def fill(self, keys: Sequence[str], make: Callable[[list[str]], Iterable[Made | None]]) -> None:
         """Make what is missing of `keys`, this rank's share of it; returns when all ranks have.
 
-        make(keys of one shard) yields their rows and tensors, in order; "key" is put into the rows here.
+        make(keys of one shard) yields their rows and tensors, in order; "key" is put into the rows here. None for an
+        item that cannot be made: it goes unrecorded, and is tried again by the next run.
         """
         missing = self.missing(keys)
         shares = [missing[i : i + self.items_per_shard] for i in range(0, len(missing), self.items_per_shard)]
@@ -109,14 +108,16 @@ class ShardWriter:
             left = seconds * (len(own) - number) / 60
             logger.info("shard %d of %d, %.1f s each, %.1f min left", number, len(own), seconds, left)
         barrier(self.ranks)
-        self.done.update(missing)
-        self.next_shard += len(shares)
 
-    def _write(self, number: int, keys: list[str], made: Iterable[Made]) -> None:
+    def _write(self, number: int, keys: list[str], made: Iterable[Made | None]) -> None:
         rows, tensors = [], {}
-        for place, (key, (row, named)) in enumerate(zip(keys, made, strict=True)):
-            rows.append({"key": key, **row})
-            tensors |= {f"{place}.{name}": tensor for name, tensor in named.items()}
+        for key, result in zip(keys, made, strict=True):
+            if result is not None:
+                row, named = result
+                tensors |= {f"{len(rows)}.{name}": tensor for name, tensor in named.items()}
+                rows.append({"key": key, **row})
+        if not rows:
+            return
         path = self.folder / f"shard-{number:06d}.safetensors"
         save_safetensors(tensors, path)
         _write_text(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -134,7 +135,7 @@ def read_about(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """All lines of all indices, skipped items among them, shard by shard."""
+    """All lines of all indices, shard by shard."""
     items = []
     for path in sorted(folder.glob("shard-*.jsonl")):
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -27,8 +27,8 @@ def writer(folder: Path, ranks: Ranks = ALONE, **about) -> ShardWriter:
 def make(keys: list[str]):
     for key in keys:
         number = int(key[-2:])
-        if number == 7:
-            yield {"skipped": "seven is broken"}, {}
+        if number == 7:  # it cannot be made
+            yield None
         else:
             yield {"square": number**2}, {"x": torch.full((2, 3), float(number)), "y": torch.arange(number)}
 
@@ -65,7 +65,7 @@ def test_gone_on_with_is_made_in_one_go(tmp_path, after):
     with pytest.raises(Killed):
         writer(tmp_path / "parts").fill(KEYS, fragile)
     kept = set(KEYS) - set(writer(tmp_path / "parts").missing(KEYS))
-    assert kept == set(KEYS[: after // 3 * 3])  # whole shards
+    assert kept == set(KEYS[: after // 3 * 3]) - {KEYS[7]}  # whole shards
     again = []
     writer(tmp_path / "parts").fill(KEYS, lambda keys: [again.extend(keys), *make(keys)][1:])
     assert set(again) == set(KEYS) - kept
@@ -76,7 +76,7 @@ def test_gone_on_with_is_made_in_one_go(tmp_path, after):
 def test_a_shard_without_its_index_does_not_exist(tmp_path):
     writer(tmp_path).fill(KEYS, make)
     (tmp_path / "shard-000003.jsonl").unlink()  # as if killed between the two renames
-    assert writer(tmp_path).missing(KEYS) == KEYS[9:]
+    assert writer(tmp_path).missing(KEYS) == [KEYS[7], *KEYS[9:]]
     (tmp_path / "shard-000003.safetensors").write_bytes(b"torn")
     writer(tmp_path).fill(KEYS, make)
     assert len(content(tmp_path)) == 10
@@ -84,9 +84,8 @@ def test_a_shard_without_its_index_does_not_exist(tmp_path):
 
 def test_new_items_join_old_ones(tmp_path):
     writer(tmp_path).fill(KEYS[:5], make)
-    one = writer(tmp_path)
-    one.fill(KEYS[3:8], make)
-    one.fill([*KEYS, KEYS[0]], make)
+    writer(tmp_path).fill(KEYS[3:8], make)
+    writer(tmp_path).fill([*KEYS, KEYS[0]], make)
     writer(tmp_path / "whole").fill(KEYS, make)
     assert content(tmp_path) == content(tmp_path / "whole")
 
