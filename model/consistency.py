@@ -6,7 +6,6 @@ from torch import Tensor
 
 from model.base import Batch, block_values, num_blocks
 from pipeline.samplers import guide
-from utils.conditioning import Conditioning
 from utils.distributed import SampleRngs
 from utils.solvers import wan_sigmas
 from utils.wan_wrapper import WanDiffusionWrapper
@@ -41,20 +40,18 @@ class ConsistencyDistillation:
         average: WanDiffusionWrapper,
         teacher: WanDiffusionWrapper,
         *,
-        negative_prompt_embeds: Tensor,
         guidance_scale: float = 3.0,
         steps: int = 48,
         num_frame_per_block: int = 3,
         independent_first_frame: bool = False,
     ):
-        """average: f', a frozen copy of the generator that its owner keeps up to date. negative_prompt_embeds: [1, T,
-        text_dim]. guidance_scale: w in uncond + w (cond - uncond); 1 spares the teacher's second pass. steps: of the
-        teacher's Euler solver, at the generator's shift.
+        """average: f', a frozen copy of the generator that its owner keeps up to date. guidance_scale: w in uncond + w
+        (cond - uncond), against batch.negative; 1 spares the teacher's second pass. steps: of the teacher's Euler
+        solver, at the generator's shift.
         """
         self.generator = generator
         self.average = average
         self.teacher = teacher
-        self.negative_prompt_embeds = negative_prompt_embeds
         self.guidance_scale = guidance_scale
         self.num_frame_per_block = num_frame_per_block
         self.independent_first_frame = independent_first_frame
@@ -70,7 +67,7 @@ class ConsistencyDistillation:
         x_t = self.generator.scheduler.add_noise(x0, rngs.randn(*x0.shape[1:]), t)
         with torch.no_grad():
             step = ((s - t) / 1000)[..., None, None, None]
-            x_s = x_t + step * self.teacher_flow(x_t, batch.conditioning, t, x0)
+            x_s = x_t + step * self.teacher_flow(x_t, t, batch)
             _, end = self.average(x_s, batch.conditioning, s, clean_x=x0)
         _, x0_pred = self.generator(x_t, batch.conditioning, t, clean_x=x0)
         error = (x0_pred - end).square().mean(dim=(-3, -2, -1))
@@ -85,14 +82,14 @@ class ConsistencyDistillation:
         drawn = (rngs.rand(blocks) * steps).long()
         return block_values(drawn, self.num_frame_per_block, self.independent_first_frame)
 
-    def teacher_flow(self, x_t: Tensor, conditioning: Conditioning, t: Tensor, x0: Tensor) -> Tensor:
+    def teacher_flow(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """The frozen teacher's guided flow, [B, F, C, H, W]."""
-        past = {"clean_x": x0} if self.teacher.is_causal else {}
-        flow, _ = self.teacher(x_t, conditioning, t, **past)
+        past = {"clean_x": batch.clean_latent} if self.teacher.is_causal else {}
+        flow, _ = self.teacher(x_t, batch.conditioning, t, **past)
         if self.guidance_scale == 1:
             return flow
-        negative = conditioning.negative(self.negative_prompt_embeds.expand(len(x_t), -1, -1))
-        return guide(flow, self.teacher(x_t, negative, t, **past)[0], self.guidance_scale)
+        unguided, _ = self.teacher(x_t, batch.negative, t, **past)
+        return guide(flow, unguided, self.guidance_scale)
 
     def _by_half(self, error: Tensor, place: Tensor) -> dict[str, Tensor]:
         noisy = place < (len(self.grid) - 1) // 2

@@ -11,7 +11,6 @@ from utils.distributed import Rngs, SampleRngs
 from utils.scheduler import FlowMatchScheduler
 
 SPREAD = 0.5  # standard deviation of the data
-NEGATIVE = torch.full((1, 1, 1), -1.0)
 
 
 class Gaussian(nn.Module):
@@ -39,7 +38,7 @@ class Gaussian(nn.Module):
 
 def clips(count: int, frames: int = 6) -> Batch:
     x0 = SPREAD * torch.randn(count, frames, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    return Batch(x0, Conditioning(torch.zeros(count, 1, 1)))
+    return Batch(x0, Conditioning(torch.zeros(count, 1, 1)), Conditioning(torch.full((count, 1, 1), -1.0)))
 
 
 def rngs(count: int) -> SampleRngs:
@@ -47,8 +46,7 @@ def rngs(count: int) -> SampleRngs:
 
 
 def make(teacher: Gaussian, off: float = 1.0, **options) -> ConsistencyDistillation:
-    options = {"negative_prompt_embeds": NEGATIVE, "guidance_scale": 1.0} | options
-    return ConsistencyDistillation(Gaussian(off=off), Gaussian(off=off), teacher, **options)
+    return ConsistencyDistillation(Gaussian(off=off), Gaussian(off=off), teacher, **{"guidance_scale": 1.0} | options)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -96,16 +94,16 @@ def test_the_grid_is_the_one_of_the_few_steps():
 
 
 def test_guidance_moves_the_teacher_away_from_the_negative_prompt():
-    batch, teacher = clips(4), Gaussian()
+    batch, teacher, t = clips(4), Gaussian(), torch.full((4, 6), 500.0)
     objective = make(teacher, guidance_scale=3.0)
-    flow = objective.teacher_flow(batch.clean_latent, batch.conditioning, torch.full((4, 6), 500.0), batch.clean_latent)
-    (_, words, *_), (_, negative, _, past, _) = teacher.seen
-    assert torch.equal(negative, NEGATIVE.expand(4, -1, -1)) and torch.equal(words, batch.conditioning.prompt_embeds)
-    assert torch.equal(past, batch.clean_latent)
-    arguments = batch.clean_latent, torch.full((4, 6), 500.0)
-    plain, _ = teacher(arguments[0], batch.conditioning, arguments[1])
-    away, _ = teacher(arguments[0], Conditioning(NEGATIVE), arguments[1])
-    torch.testing.assert_close(flow, away + 3 * (plain - away))
+    flow = objective.teacher_flow(batch.clean_latent, t, batch)
+    (_, words, _, past, _), (_, negative, _, its_past, _) = teacher.seen
+    assert torch.equal(words, batch.conditioning.prompt_embeds)
+    assert torch.equal(negative, batch.negative.prompt_embeds)
+    assert torch.equal(past, batch.clean_latent) and torch.equal(its_past, batch.clean_latent)
+    towards, _ = teacher(batch.clean_latent, batch.conditioning, t)
+    away, _ = teacher(batch.clean_latent, batch.negative, t)
+    torch.testing.assert_close(flow, away + 3 * (towards - away))
 
 
 def test_a_first_frame_of_its_own():
