@@ -62,7 +62,7 @@ class ConsistencyDistillation:
         """Mean squared difference of the two ends; and the root of it over times above and below the grid's middle."""
         x0 = batch.clean_latent.float()
         place = self.places(x0.shape[1], rngs)
-        grid = self.grid.to(x0.device)
+        grid = self.grid.to(x0.device, non_blocking=True)
         t, s = grid[place], grid[place + 1]
         x_t = self.generator.scheduler.add_noise(x0, rngs.randn(*x0.shape[1:]), t)
         with torch.no_grad():
