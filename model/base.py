@@ -1,6 +1,6 @@
 """What every objective shares: the batch, the player, and one timestep per block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,15 @@ from utils.distributed import SampleRngs
 
 @dataclass(frozen=True)
 class Batch:
-    """Training samples after encoding. clean_latent: [B, F, C, H, W]; conditioning: of the same B samples."""
+    """Training samples after encoding.
 
-    clean_latent: Tensor
+    clean_latent: [B, F, C, H, W], None where words are all there is; conditioning: of the same B samples; negative:
+    the unguided side, where an objective asks a guided teacher.
+    """
+
+    clean_latent: Tensor | None
     conditioning: Conditioning
+    negative: Conditioning | None = None
 
 
 # (batch, rngs) -> (scalar, metrics): all randomness comes from rngs; metrics are detached tensors.
@@ -35,6 +40,7 @@ class Player:
     loss: Loss
     every: int = 1
     start_step: int = 0
+    is_critic: bool = False  # takes its learning rate and the like from the section critic_optimizer
 
     def due(self, step: int) -> bool:
         return step >= self.start_step and (step - self.start_step) % self.every == 0
@@ -50,6 +56,20 @@ def block_values(values: Tensor, num_frame_per_block: int, independent_first_fra
     if independent_first_frame:
         return torch.cat([values[:, :1], values[:, 1:].repeat_interleave(num_frame_per_block, dim=1)], dim=1)
     return values.repeat_interleave(num_frame_per_block, dim=1)
+
+
+def block_timesteps(
+    timesteps: Sequence[float],
+    num_frames: int,
+    rngs: SampleRngs,
+    num_frame_per_block: int,
+    independent_first_frame: bool = False,
+) -> Tensor:
+    """One of a sampler's `timesteps` for every block, drawn evenly: float32 [B, F]."""
+    blocks = num_blocks(num_frames, num_frame_per_block, independent_first_frame)
+    times = torch.tensor(timesteps, dtype=torch.float32).to(rngs.device, non_blocking=True)
+    drawn = times[(rngs.rand(blocks) * len(timesteps)).long()]
+    return block_values(drawn, num_frame_per_block, independent_first_frame)
 
 
 def num_blocks(num_frames: int, num_frame_per_block: int, independent_first_frame: bool = False) -> int:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from trainer import TRAINERS  # noqa: E402 (run as a script, the repository is not on the path yet)
-from utils.checkpoint import load_training_state  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.distributed import init_distributed  # noqa: E402
 from utils.errors import plain_errors  # noqa: E402
+from utils.training_state import load_training_state  # noqa: E402
 from wan.modules.weights import save_safetensors  # noqa: E402
 
 

@@ -13,21 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.base import Player
-from trainer.optimization import GradientWatch, learning_rate
-from utils.checkpoint import TrainingState, load_training_state, save_training_state
+from trainer.learner import Learner
+from trainer.optimization import learning_rate
+from utils.checkpointer import Checkpointer
 from utils.config import Config, ConfigError, config_hash, dump
-from utils.distributed import (
-    Ranks,
-    Rngs,
-    SampleRngs,
-    average_gradients,
-    barrier,
-    broadcast_module,
-    broadcast_value,
-    mix_seed,
-)
-from utils.ema import EMA
+from utils.distributed import Ranks, Rngs, SampleRngs, barrier, broadcast_value, mix_seed, ranks_per_node
+from utils.sharding import Sharding, distribute, dress, local, make_mesh, whole
 from utils.tracking import Tracker
+from utils.training_state import TrainingState, open_training_state, save_compact_state
 from wan.modules.weights import check_same_tensors
 
 logger = logging.getLogger(__name__)
@@ -43,15 +36,11 @@ class Trainer(ABC):
     """
 
     name: ClassVar[str]
+    can_shard: ClassVar[bool] = False  # whether the recipe's transformers may be cut over ranks
 
     def __init__(self, config: Config, ranks: Ranks, run_dir: str | Path, tracker: Tracker | None = None):
         """tracker: where rank 0 logs; other ranks have none."""
         self.started = time.monotonic()
-        if config.sharding_strategy != "no_shard" and ranks.size > 1:
-            raise ConfigError(
-                f"sharding_strategy is {config.sharding_strategy!r}, but the {self.name} trainer keeps whole replicas "
-                "on every GPU; set sharding_strategy: no_shard"
-            )
         if config.optimizer.schedule == "cosine" and config.max_steps is None and config.max_seconds is None:
             raise ConfigError(
                 "a cosine schedule needs an end; set max_steps or max_seconds, or optimizer.schedule: constant"
@@ -68,12 +57,12 @@ class Trainer(ABC):
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.manual_seed(mix_seed(config.seed))
+        self.sharding = self._make_sharding()
         self.players = self.build()
         for player in self.players:
-            broadcast_module(player.module, ranks)
-        self.emas = {p.name: EMA(p.module, config.ema.weight, config.ema.start_step) for p in self.players}
-        self.optimizers = {p.name: self._make_optimizer(p.module) for p in self.players}
-        self.watches = {p.name: GradientWatch(p.name, p.module, config.optimizer.max_grad_norm) for p in self.players}
+            distribute(player.module, self.sharding)
+        self.learners = [Learner(player, config, self.sharding) for player in self.players]
+        self.checkpointer = Checkpointer(self.run_dir, ranks, config.checkpoint.keep_last)
 
     # --- what a recipe says ---
 
@@ -87,7 +76,11 @@ class Trainer(ABC):
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Write what inference needs; called on rank 0 with the averaged weights in place."""
+        """Write what inference needs, with the averaged weights in place.
+
+        Called on rank 0; on every rank when networks are sharded, as gathering takes them all: then `whole_state` gives
+        the weights, and only rank 0 writes.
+        """
 
     def start(self) -> None:  # noqa: B027 (optional)
         """Called once before the first step of this process; `self.step` says where the run stands."""
@@ -96,7 +89,10 @@ class Trainer(ABC):
         """Called after every optimizer step, e.g. to refresh data."""
 
     def evaluate(self) -> dict[str, float | Tensor]:
-        """Metrics on held-out data; called on rank 0 with the averaged weights in place."""
+        """Metrics on held-out data, with the averaged weights in place.
+
+        Called on rank 0; on every rank when networks are sharded: the same passes everywhere, files on rank 0 only.
+        """
         return {}
 
     # --- the loop ---
@@ -106,8 +102,16 @@ class Trainer(ABC):
         self.resume()
         if not self.finished():
             self.start()
+        try:
+            self._train(save, visualize)
+        except BaseException:
+            self.checkpointer.settle()
+            raise
+
+    def _train(self, save: bool, visualize: bool) -> None:
         settings = self.config.logging
-        log_step, log_time, saved = self.step, time.monotonic(), self.clock
+        log_step, log_time = self.step, time.monotonic()
+        self.saved_clock = self.clock
         while not self.finished():
             metrics = self.train_step()
             self.step += 1
@@ -117,12 +121,12 @@ class Trainer(ABC):
             if self.step % settings.log_iters == 0 or last:
                 self.report(metrics, (time.monotonic() - log_time) / (self.step - log_step))
                 log_step, log_time = self.step, time.monotonic()
-            if save and (last or self.clock - saved > self.config.checkpoint.every_seconds):
+            if save and (last or self.save_is_due()):
                 self.save()
-                saved = self.clock
             if visualize and (last or (settings.sample_iters and self.step % settings.sample_iters == 0)):
                 self.judge()
-        if save and self.ranks.is_main:
+        self.checkpointer.wait()
+        if save and self.takes_part:
             self.export_averages(self.run_dir / "export")
         barrier(self.ranks)
 
@@ -130,31 +134,23 @@ class Trainer(ABC):
         """One update of every player that is due; returns their metrics, on the device."""
         torch.manual_seed(mix_seed(self.config.seed, self.step + 1, self.ranks.rank))  # dropout inside networks
         metrics: dict[str, Tensor] = {}
-        for stream, player in enumerate(self.players):
-            if player.due(self.step):
-                metrics |= self.update(player, Rngs(self.config.seed, self.step, self.device, stream))
+        for stream, learner in enumerate(self.learners):
+            if learner.player.due(self.step):
+                metrics |= self.update(learner, Rngs(self.config.seed, self.step, self.device, stream))
         return metrics
 
-    def update(self, player: Player, rngs: Rngs) -> dict[str, Tensor]:
-        """Accumulate all passes of this rank, average over ranks, clip, step, average over time."""
+    def update(self, learner: Learner, rngs: Rngs) -> dict[str, Tensor]:
+        """Accumulate all passes of this rank, then one optimizer step."""
         metrics: dict[str, Tensor] = {}
-        for samples in self.passes():
+        player, passes = learner.player, self.passes()
+        for samples in passes:
             sample_rngs = SampleRngs(rngs, samples)
             with self.autocast():
                 loss, details = player.loss(self.prepare(sample_rngs), sample_rngs)
-            (loss / self.num_passes).backward()
+            learner.backward(loss / self.num_passes, is_last=samples == passes[-1])
             for name, value in {"loss": loss.detach(), **details}.items():
                 metrics[f"{player.name}/{name}"] = metrics.get(f"{player.name}/{name}", 0) + value / self.num_passes
-        average_gradients(player.module.parameters(), self.ranks)
-        norm, skip = self.watches[player.name].clip(self.step)
-        optimizer = self.optimizers[player.name]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, self.step, self.progress())
-        optimizer.grad_scale, optimizer.found_inf = None, skip  # the fused kernel skips the step itself
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.emas[player.name].update(self.step)
-        return {**metrics, f"{player.name}/grad_norm": norm}
+        return {**metrics, f"{player.name}/grad_norm": learner.step(self.step, self.progress())}
 
     def passes(self) -> list[range]:
         """This rank's samples of a step, pass by pass: places in the step's whole batch."""
@@ -196,8 +192,8 @@ class Trainer(ABC):
 
     def report(self, metrics: dict[str, Tensor], seconds_per_step: float) -> None:
         """Numbers of the last step, averaged over ranks, to the tracker and one line to the log."""
-        for watch in self.watches.values():
-            watch.look()
+        for learner in self.learners:
+            learner.watch.look()
         names, values = list(metrics), torch.stack([value.float() for value in metrics.values()])
         if self.ranks.size > 1:
             dist.all_reduce(values)
@@ -225,11 +221,11 @@ class Trainer(ABC):
 
     def judge(self) -> None:
         """Evaluate the averaged weights and log the result."""
-        if self.tracker is None:
+        if self.tracker is None and self.sharding.mesh is None:
             return
         with self.averaged_weights(), torch.no_grad():
             metrics = self.evaluate()
-        if metrics:
+        if metrics and self.tracker is not None:
             numbers = self.tracker.log({f"eval/{name}": value for name, value in metrics.items()}, self.step)
             logger.info("step %d  %s", self.step, "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
 
@@ -243,18 +239,23 @@ class Trainer(ABC):
     def averaged_weights(self) -> Iterator[None]:
         """Every player's module speaks with its EMA inside."""
         with contextlib.ExitStack() as stack:
-            for player in self.players:
-                stack.enter_context(self.emas[player.name].swapped_in())
+            for learner in self.learners:
+                stack.enter_context(learner.ema.swapped_in())
             yield
 
     # --- what is kept ---
 
+    def save_is_due(self) -> bool:
+        settings = self.config.checkpoint
+        by_steps = settings.every_steps is not None and self.step % settings.every_steps == 0
+        return by_steps or self.clock - self.saved_clock > settings.every_seconds
+
     def save(self) -> None:
-        """Write the training state (rank 0; replicas are equal)."""
-        for watch in self.watches.values():
-            watch.look()
-        if not self.ranks.is_main:
-            return
+        """Keep the run as it stands: compact at once, else in the background."""
+        self.checkpointer.check()
+        for learner in self.learners:
+            learner.watch.look()
+        self.saved_clock = self.clock
         settings = self.config.checkpoint
         facts = {
             "trainer": self.name,
@@ -264,70 +265,91 @@ class Trainer(ABC):
             "config_hash": config_hash(self.config),
             "config": dump(self.config),
         }
-        state = TrainingState(self.state_tensors(settings.compact), facts)
-        folder = save_training_state(
-            self.run_dir, state, keep_last=settings.keep_last, max_file_mb=settings.max_file_mb
-        )
-        logger.info("saved %s", folder)
+        if not settings.compact:
+            self.checkpointer.save(self.copied_state(), facts)
+        elif self.takes_part:
+            state = TrainingState(self.compact_state(), facts)
+            if self.ranks.is_main:
+                options = {"keep_last": settings.keep_last, "max_file_mb": settings.max_file_mb}
+                logger.info("saved %s", save_compact_state(self.run_dir, state, **options))
 
-    def state_tensors(self, compact: bool) -> dict[str, Tensor]:
-        """Weights, averages and, unless compact, the optimizer's moments, by name."""
-        tensors: dict[str, Tensor] = {}
-        for player in self.players:
-            parameters = _learning(player.module)
-            tensors |= {f"{player.name}/weights/{name}": p.detach() for name, p in parameters.items()}
-            tensors |= {f"{player.name}/ema/{name}": t for name, t in self.emas[player.name].state_dict().items()}
-            if compact:
-                continue
-            for name, p in parameters.items():
-                for kind, value in self.optimizers[player.name].state[p].items():
-                    tensors[f"{player.name}/optimizer/{kind}/{name}"] = value
-        return {name: t.bfloat16() for name, t in tensors.items()} if compact else tensors
+    def copied_state(self) -> dict[str, Tensor]:
+        """The parts of everything a run is made of that this rank saves, copied to main memory."""
+        return {
+            name: dress(part.to("cpu", copy=True), learner.source(name))
+            for learner in self.learners
+            for name, part in learner.state().items()
+            if self.sharding.keeps(learner.source(name))
+        }
+
+    def compact_state(self) -> dict[str, Tensor]:
+        """Whole weights and averages in bfloat16, in main memory on rank 0 (collective when sharded)."""
+        state = {}
+        for learner in self.learners:
+            for name in learner.expected():
+                full = whole(learner.state()[name], learner.source(name))
+                if self.ranks.is_main:
+                    state[name] = full.bfloat16().cpu()
+        return state
 
     def resume(self) -> None:
         """Go on from the newest state in the run folder, if there is one."""
-        state = load_training_state(self.run_dir)
-        if state is None:
+        stored = open_training_state(self.run_dir)
+        if stored is None:
             return
-        if state.facts["trainer"] != self.name:
+        if stored.facts["trainer"] != self.name:
             raise ConfigError(
-                f"{self.run_dir} holds a run of the {state.facts['trainer']} trainer, not {self.name}; "
+                f"{self.run_dir} holds a run of the {stored.facts['trainer']} trainer, not {self.name}; "
                 "choose another --logdir"
             )
-        for player in self.players:
-            self._load_player(player, state.tensors)
-        self.step = self.last_look = state.facts["step"]
-        self.clock = self.clock_before = state.facts["seconds"]
-        if state.facts["config_hash"] != config_hash(self.config):
+        found = {name: shape for name, shape in stored.shapes.items() if "/optimizer/" not in name}
+        expected = {name: shape for learner in self.learners for name, shape in learner.expected().items()}
+        check_same_tensors(expected, found, f"the saved state in {self.run_dir}")
+        targets = {n: t for learner in self.learners for n, t in learner.targets(set(stored.shapes)).items()}
+        stored.read(targets)
+        for learner in self.learners:
+            learner.load({name: local(target) for name, target in targets.items()})
+        self.step = self.last_look = stored.facts["step"]
+        self.clock = self.clock_before = stored.facts["seconds"]
+        if stored.facts["config_hash"] != config_hash(self.config):
             logger.info("settings differ from those of the saved run; the new ones hold from step %d", self.step)
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
-    @torch.no_grad()
-    def _load_player(self, player: Player, tensors: dict[str, Tensor]) -> None:
-        prefix = f"{player.name}/weights/"
-        weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        parameters = _learning(player.module)
-        check_same_tensors(parameters, weights, f"the saved state in {self.run_dir}")
-        optimizer_state = self.optimizers[player.name].state
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"{player.name}/optimizer/{kind}/{name}")
-                if value is not None:  # the fused kernel walks memory: moments must lie as their parameter does
-                    like = parameter if value.dim() else value.to(parameter.device)
-                    optimizer_state[parameter][kind] = torch.empty_like(like).copy_(value)
-        self.emas[player.name].load_state_dict({name: tensors[f"{player.name}/ema/{name}"] for name in parameters})
+    # --- how the networks lie ---
 
-    def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
-        settings = self.config.optimizer
-        return torch.optim.AdamW(
-            _learning(module).values(),
-            lr=settings.lr,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank is needed to export and to evaluate: rank 0, or all when networks are sharded."""
+        return self.ranks.is_main or self.sharding.mesh is not None
+
+    def freeze(self, network: nn.Module) -> nn.Module:
+        """A network that only helps, such as a teacher: no gradients, bfloat16 under mixed precision, sharded.
+
+        It was made on `self.sharding.build_device`.
+        """
+        network.eval().requires_grad_(False)
+        if self.sharding.compute_dtype is not None:
+            network.to(self.sharding.compute_dtype)
+        distribute(network, self.sharding)
+        return network
+
+    def _make_sharding(self) -> Sharding:
+        config, ranks = self.config, self.ranks
+        if config.sharding_strategy != "no_shard" and ranks.size > 1 and not self.can_shard:
+            raise ConfigError(
+                f"sharding_strategy is {config.sharding_strategy!r}, but the {self.name} trainer keeps whole replicas "
+                "on every GPU; set sharding_strategy: no_shard"
+            )
+        mesh = None
+        if self.can_shard:
+            mesh = make_mesh(config.sharding_strategy, ranks, config.sharding_group_size, ranks_per_node(ranks))
+        if config.cpu_offload and mesh is None:
+            raise ConfigError(
+                "cpu_offload moves sharded weights, and this run shards none; start it under torchrun (also on one "
+                "GPU) with sharding_strategy: full, or set cpu_offload: false"
+            )
+        mixed = config.mixed_precision and self.device.type == "cuda"
+        return Sharding(ranks, mesh, torch.bfloat16 if mixed else None, config.cpu_offload)
 
 
 def count_passes(config: Config, ranks: Ranks) -> int:
@@ -341,7 +363,3 @@ def count_passes(config: Config, ranks: Ranks) -> int:
             f"use {max(1, passes) * per_pass} or {(passes + 1) * per_pass}"
         )
     return passes
-
-
-def _learning(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from model.base import Batch, Loss, Player
 from pipeline.build import assemble_pipeline, generator_options
 from trainer.base import Trainer
-from utils.checkpoint import has_training_state, load_generator
+from utils.checkpoint import load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import TrainingData
 from utils.distributed import Rngs, SampleRngs, barrier
 from utils.puppet_latents import PuppetLatents
+from utils.sharding import whole_state
+from utils.training_state import has_training_state
 from utils.video import contact_sheet
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (
@@ -49,6 +51,8 @@ class LatentTrainer(Trainer):
     The run folder's `export/` is a model folder from the first step on: sizes, VAE and tokenizer are known; the
     transformer and, if it learns too, the text encoder join at the end.
     """
+
+    can_shard = True
 
     def build(self) -> list[Player]:
         config = self.config
@@ -107,16 +111,17 @@ class LatentTrainer(Trainer):
             shutil.copytree(source, tokenizer, dirs_exist_ok=True)
 
     def build_generator(self) -> WanDiffusionWrapper:
-        config = self.config
+        config, device = self.config, self.sharding.build_device
+        reads = device.type != "meta"  # a rank that gets its weights from rank 0 reads none
         generator = WanDiffusionWrapper(
             config.model_name,
             **generator_options(config),
-            from_scratch=config.from_scratch,
+            from_scratch=config.from_scratch or not reads,
             model_config=self.model_config,
-            device=self.device,
+            device=device,
             dtype=torch.float32,
         )
-        if config.generator_ckpt:
+        if config.generator_ckpt and reads:
             load_generator(generator, config.generator_ckpt, use_ema=config.use_ema)
         generator.requires_grad_(True)
         generator.model.gradient_checkpointing = config.gradient_checkpointing
@@ -236,14 +241,18 @@ class LatentTrainer(Trainer):
                 height=config.height,
                 width=config.width,
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(path, list(videos), prompts)
+        if self.ranks.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(path, list(videos), prompts)
 
     def export(self, folder: Path) -> None:
         """The rest of the model folder, in bfloat16 and under Wan's names."""
+        transformer = whole_state(self.generator.model, self.ranks)
+        if not self.ranks.is_main:
+            return
         if folder.resolve() != self.folder.resolve():
             shutil.copytree(self.folder, folder, dirs_exist_ok=True)
-        self.generator.model.save_pretrained(folder, torch.bfloat16)
+        self.generator.model.save_pretrained(folder, torch.bfloat16, transformer)
         if self.config.train_text_encoder:
             save_umt5(self.text_encoder, folder / TEXT_ENCODER_FILES[-1], torch.bfloat16)
             return

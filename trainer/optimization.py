@@ -1,12 +1,15 @@
 """The learning rate over a run, and gradients that are clipped and watched without asking the device."""
 
+import dataclasses
 import logging
 import math
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from utils.config import OptimizerConfig
+from utils.config import Config, OptimizerConfig
+from utils.sharding import LocalParameters, Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -22,37 +25,67 @@ def learning_rate(settings: OptimizerConfig, step: int, progress: float) -> floa
     return settings.lr * warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def optimizer_settings(config: Config, is_critic: bool) -> OptimizerConfig:
+    """The section `optimizer`; for a critic with what `critic_optimizer` says otherwise."""
+    if not is_critic:
+        return config.optimizer
+    given = {name: value for name, value in vars(config.critic_optimizer).items() if value is not None}
+    return dataclasses.replace(config.optimizer, **given)
+
+
 class GradientWatch:
     """Clips gradients to a norm, lets the optimizer skip a step that is not finite, and remembers who was to blame.
 
     Everything stays on the device until `look`: no step waits for the GPU.
     """
 
-    def __init__(self, name: str, module: nn.Module, max_norm: float):
+    def __init__(self, name: str, parameters: LocalParameters, max_norm: float, sharding: Sharding):
+        """name: the player's."""
         self.name = name
-        self.names, self.parameters = zip(
-            *[(n, p) for n, p in module.named_parameters() if p.requires_grad], strict=True
-        )
-        self.max_norm = max_norm
-        device = self.parameters[0].device
-        self.num_bad = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)  # step, parameter
+        self.names, self.parameters = list(parameters.tensors), list(parameters.tensors.values())
+        self.max_norm, self.group, self.device = max_norm, sharding.group, sharding.ranks.device
+        self.is_sharded = torch.tensor([parameters.is_sharded(n) for n in self.names], device=self.device)
+        self.num_bad = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=self.device)  # step, parameter
 
     @torch.no_grad()
     def clip(self, step: int) -> tuple[Tensor, Tensor]:
         """Scale gradients down to max_norm. Returns their norm before, and 1.0 to skip this step, else 0.0."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        owners = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(grads))
+        norms = self.norms()
         norm = torch.linalg.vector_norm(norms)
-        torch._foreach_mul_(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for device, grads in self.gradients().items():
+            torch._foreach_mul_(grads, scale.to(device))
         is_bad = ~torch.isfinite(norm)
-        worst = (~torch.isfinite(norms)).to(torch.uint8).argmax()
-        culprit = torch.tensor(owners, device=norm.device)[worst] if len(owners) < len(self.parameters) else worst
+        culprit = (~torch.isfinite(norms)).to(torch.uint8).argmax()
         here = torch.stack([torch.full_like(culprit, step), culprit])
         self.first_bad = torch.where(is_bad & (self.num_bad == 0), here, self.first_bad)
         self.num_bad += is_bad
         return norm, is_bad.float()
+
+    def gradients(self) -> dict[torch.device, list[Tensor]]:
+        """Gradients by where they lie (offloaded shards lie in main memory, the rest on the GPU)."""
+        found: dict[torch.device, list[Tensor]] = {}
+        for p in self.parameters:
+            if p.grad is not None:
+                found.setdefault(p.grad.device, []).append(p.grad)
+        return found
+
+    def norms(self) -> Tensor:
+        """The norm of every parameter's whole gradient, 0 where there is none."""
+        lengths = torch.zeros(len(self.parameters), device=self.device)
+        for device, grads in self.gradients().items():
+            places = [i for i, p in enumerate(self.parameters) if p.grad is not None and p.grad.device == device]
+            values = torch.stack(torch._foreach_norm(grads)).float().to(self.device, non_blocking=True)
+            if len(places) == len(lengths):
+                lengths = values
+            else:
+                lengths[torch.tensor(places, device=self.device)] = values
+        if self.group is not None:
+            parts = torch.where(self.is_sharded, lengths.square(), 0.0)
+            dist.all_reduce(parts, group=self.group)
+            lengths = torch.where(self.is_sharded, parts.sqrt(), lengths)
+        return lengths
 
     def look(self) -> None:
         """Tell of skipped steps (one sync); raise FloatingPointError when they are too many to be an accident."""

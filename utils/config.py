@@ -49,6 +49,21 @@ class OptimizerConfig:
 
 
 @dataclass
+class CriticOptimizerConfig:
+    """Where the optimizer of a critic (fake score, discriminator) differs from `optimizer`; None: it does not."""
+
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    warmup_steps: int | None = None
+    schedule: Literal["cosine", "constant"] | None = None
+    final_lr_ratio: float | None = None
+    max_grad_norm: float | None = None
+
+
+@dataclass
 class EmaConfig:
     """Exponential moving average of the weights; what gets exported."""
 
@@ -107,8 +122,9 @@ class CheckpointConfig:
     """Training state on disk."""
 
     every_seconds: float = 600.0
+    every_steps: int | None = None  # beside every_seconds: whichever comes first
     keep_last: int = 2
-    max_file_mb: int = 2000  # larger states are split over several files
+    max_file_mb: int = 2000  # a larger compact state is split over several files
     compact: bool = False  # only step, weights and EMA, in bfloat16: small, but a resumed run restarts Adam's moments
 
 
@@ -180,8 +196,11 @@ class Config:
     timestep_weighting: bool = False  # weight the loss by FlowMatchScheduler.training_weight
     mixed_precision: bool = True  # bfloat16 autocast on CUDA; parameters, gradients and moments stay float32
     gradient_checkpointing: bool = False
-    sharding_strategy: Literal["hybrid_full", "full", "no_shard"] = "hybrid_full"
+    sharding_strategy: Literal["hybrid_full", "full", "no_shard"] = "hybrid_full"  # hybrid: copies per group of GPUs
+    sharding_group_size: int | None = None  # hybrid_full: GPUs that hold one copy together; None: those of a node
+    cpu_offload: bool = False  # sharded weights, gradients and moments lie in main memory
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
@@ -222,6 +241,13 @@ class Config:
                 f"total_batch_size {self.total_batch_size} is no multiple of batch_size {self.batch_size}; "
                 f"use {max(1, self.total_batch_size // self.batch_size) * self.batch_size}"
             )
+        for name, value in (
+            ("sharding_group_size", self.sharding_group_size),
+            ("checkpoint.every_steps", self.checkpoint.every_steps),
+            ("checkpoint.keep_last", self.checkpoint.keep_last),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it is at least 1")
         if not 0 <= self.ema.weight < 1:
             raise ConfigError(f"ema.weight is {self.ema.weight}; it is the share of the old average kept, in [0, 1)")
 

@@ -71,6 +71,11 @@ def init_distributed(device: str = "auto") -> Ranks:
     return Ranks(place, dist.get_rank(), dist.get_world_size())
 
 
+def ranks_per_node(ranks: Ranks) -> int:
+    """Processes that torchrun started on each machine; all of them when it did not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+
+
 def barrier(ranks: Ranks) -> None:
     """Wait for all ranks."""
     if ranks.size > 1:
@@ -92,11 +97,11 @@ def broadcast_value(value: float, ranks: Ranks) -> float:
     return box.item()
 
 
-def broadcast_module(module: nn.Module, ranks: Ranks) -> None:
-    """Give every rank rank 0's parameters and buffers."""
+def broadcast_tensors(tensors: Iterable[Tensor], ranks: Ranks) -> None:
+    """Give every rank rank 0's values."""
     if ranks.size > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
@@ -156,11 +161,17 @@ class SampleRngs:
 
     def __init__(self, rngs: Rngs, samples: range):
         self.samples = samples
+        self.rngs = rngs
         self.step, self.stream = rngs.step, rngs.stream
         self.device = rngs.device
         index = torch.arange(samples.start, samples.stop, device=self.device)
         self.keys = hash_tensor(index + mix_seed(rngs.seed, rngs.step, rngs.stream, 1))
         self.num_drawn = 0
+
+    @property
+    def shared(self) -> torch.Generator:
+        """For decisions of the whole step, the same in every pass and on every rank; it starts anew each time."""
+        return self.rngs.shared
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal float32 [B, *shape]."""

@@ -1,10 +1,10 @@
-"""Exponential moving average of a module's learning parameters."""
+"""Exponential moving average of learning parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
@@ -14,8 +14,9 @@ class EMA:
     ExponentialMovingAverage, `num_updates`). Before start_step the average is a copy.
     """
 
-    def __init__(self, module: nn.Module, weight: float, start_step: int = 0):
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, parameters: Mapping[str, Tensor], weight: float, start_step: int = 0):
+        """parameters: by name; of a sharded network this rank's parts, whose average then is cut the same way."""
+        self.parameters = parameters
         self.weight = weight
         self.start_step = start_step
         self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}

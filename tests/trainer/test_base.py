@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from model.base import Player
 from trainer.base import Trainer, count_passes
-from utils.checkpoint import load_training_state
 from utils.config import Config, ConfigError, load_config
 from utils.distributed import Ranks, SampleRngs
 from utils.tracking import Tracker
+from utils.training_state import load_training_state
 
 ALONE = Ranks(torch.device("cpu"))
 TOY = ["sharding_strategy=no_shard", "optimizer.warmup_steps=2", "optimizer.lr=0.05", "logging.log_iters=1"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from trainer.vae import VAETrainer, psnr
-from utils.checkpoint import load_training_state
 from utils.config import load_config
 from utils.distributed import Ranks
 from utils.tracking import Tracker
+from utils.training_state import load_training_state
 from wan.modules.vae import load_vae
 
 TINY = [

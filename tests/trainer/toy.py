@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from trainer.base import Trainer
-from utils.checkpoint import load_training_state
 from utils.config import load_config
 from utils.distributed import Ranks
 from utils.tracking import Tracker
+from utils.training_state import load_training_state
 from wan.configs import WanConfig
 
 ALONE = Ranks(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""utils/checkpoint.py: published names in, the same weights out; states whole, split, kept and refused."""
+"""utils/checkpoint.py: published names in, the same weights out."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.checkpoint import TrainingState, load_generator, load_training_state, save_training_state
+from utils.checkpoint import load_generator
 
 
 class Wrapper(nn.Module):
@@ -103,45 +103,3 @@ def test_mistakes_are_told_with_the_way_out(weights, tmp_path: Path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list, not a state dict"):
         load_generator(wrapper, tmp_path / "list.pt")
-
-
-def make_state(step: int) -> TrainingState:
-    torch.manual_seed(step)
-    tensors = {f"net/weights/{i}": torch.randn(100, 100) for i in range(60)}
-    tensors["net/optimizer/step/0"] = torch.tensor(float(step))
-    return TrainingState(tensors, {"step": step, "note": "kept"})
-
-
-def test_a_state_comes_back_to_the_bit_from_small_files(tmp_path: Path):
-    state = make_state(3)
-    folder = save_training_state(tmp_path, state, max_file_mb=1)
-    files = sorted(folder.iterdir())
-    assert len(files) == 3
-    assert all(file.stat().st_size < 1.01e6 for file in files)
-    loaded = load_training_state(tmp_path)
-    assert loaded.facts == state.facts
-    assert loaded.tensors.keys() == state.tensors.keys()
-    assert all(torch.equal(loaded.tensors[name], state.tensors[name]) for name in state.tensors)
-
-
-def test_the_last_states_are_kept_and_broken_writes_ignored(tmp_path: Path):
-    assert load_training_state(tmp_path) is None
-    for step in (1, 2, 3):
-        save_training_state(tmp_path, make_state(step), keep_last=2)
-    home = tmp_path / "training_state"
-    assert sorted(path.name for path in home.iterdir()) == ["step_00000002", "step_00000003"]
-    (home / "step_00000009.partial").mkdir()  # killed while writing
-    assert load_training_state(tmp_path).facts["step"] == 3
-
-
-def test_incomplete_and_damaged_states_are_refused(tmp_path: Path):
-    folder = save_training_state(tmp_path, make_state(1), max_file_mb=1)
-    first, second, _ = sorted(folder.iterdir())
-    content = second.read_bytes()
-    second.unlink()
-    with pytest.raises(ValueError, match="lacks some of its parts"):
-        load_training_state(tmp_path)
-    second.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=r"part-2-of-3\.safetensors is damaged"):
-        load_training_state(tmp_path)
-    assert first.is_file()

@@ -4,7 +4,7 @@ Shapes: B batch, F latent frames, C latent channels, H W latent size, S tokens p
 D head size, T text tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Self
@@ -380,12 +380,18 @@ class WanModel(nn.Module):
         load_weights(model, files, device=device, dtype=dtype)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `diffusion_pytorch_model.safetensors` in the published layout."""
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write `config.json` and `diffusion_pytorch_model.safetensors` in the published layout.
+
+        weights: the state dict to write instead of the model's own, e.g. gathered from where it is sharded.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(self.config.to_json(), encoding="utf-8")
-        save_safetensors(self.state_dict(), folder / "diffusion_pytorch_model.safetensors", dtype)
+        weights = self.state_dict() if weights is None else weights
+        save_safetensors(weights, folder / "diffusion_pytorch_model.safetensors", dtype)
 
     def compile_blocks(self, **kwargs) -> None:
         """Compile the blocks (one graph for all layers); kwargs go to torch.compile. The state dict keeps its names.
