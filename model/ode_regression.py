@@ -1,25 +1,12 @@
 """Regression onto the teacher's trajectories: how a causal few-step generator gets its start."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from model.base import block_values, num_blocks
-from utils.conditioning import Conditioning
+from model.base import Batch, block_values, num_blocks
 from utils.distributed import SampleRngs
-
-
-@dataclass(frozen=True)
-class OdeBatch:
-    """Ways that a teacher's solver went from noise to a clip.
-
-    trajectory: [B, states, F, C, H, W], states at the few-step times and, last, the clean clip.
-    """
-
-    trajectory: Tensor
-    conditioning: Conditioning
 
 
 class ODERegression:
@@ -55,16 +42,19 @@ class ODERegression:
         self.num_frame_per_block = num_frame_per_block
         self.independent_first_frame = independent_first_frame
 
-    def loss(self, batch: OdeBatch, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over clips of the mean squared error of x0 over a clip's noisy frames; and the error of every state."""
-        trajectory = batch.trajectory.float()
+    def loss(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over clips of the mean squared error of x0 over a clip's noisy frames; and the error of every state.
+
+        batch.clean_latent: whole trajectories, [B, states, F, C, H, W], of which the last state is the clean clip.
+        """
+        trajectory = batch.clean_latent.float()
         if trajectory.shape[1] != len(self.timesteps):
             raise ValueError(
                 f"the trajectories hold {trajectory.shape[1]} states, but the {len(self.timesteps) - 1} steps of this "
                 f"run and the clean clip make {len(self.timesteps)}; use the denoising_step_list they were made with"
             )
         states = self.states(trajectory.shape[2], rngs)
-        t = self.timesteps.to(trajectory.device)[states]
+        t = self.timesteps.to(trajectory.device, non_blocking=True)[states]
         index = states[:, None, :, None, None, None].expand(-1, 1, -1, *trajectory.shape[3:])
         x_t, x0 = trajectory.gather(1, index)[:, 0], trajectory[:, -1]
         _, x0_pred = self.generator(x_t, batch.conditioning, t, clean_x=x0 if self.teacher_forcing else None)

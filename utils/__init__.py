@@ -1,5 +1,5 @@
 """What the floors above share.
 
-Downwards on this floor: puppet_latents, text_dataset, text_cache > dataset, shards > distributed, fingerprint;
-text_dataset > prompts; wan_wrapper > conditioning, scheduler; everything else stands alone.
+Downwards on this floor: puppet_latents, text_dataset, text_cache, video_folder, latent_folder > dataset, shards >
+distributed, fingerprint, prompts, video; wan_wrapper > conditioning, scheduler; everything else stands alone.
 """

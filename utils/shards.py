@@ -82,7 +82,7 @@ class ShardWriter:
         if self.ranks.is_main and not (self.folder / "about.json").is_file():
             _write_text(self.folder / "about.json", json.dumps(dict(self.about), indent=2) + "\n")
         barrier(self.ranks)
-        _check_about(self.folder, self.about)
+        check_about(self.folder, read_about(self.folder, self.about["kind"]), self.about)
         items = read_items(self.folder)
         self.done = {item.row["key"] for item in items}
         self.next_shard = 1 + max((int(item.shard.stem.removeprefix("shard-")) for item in items), default=-1)
@@ -144,12 +144,12 @@ def read_items(folder: Path) -> list[Item]:
     return items
 
 
-def _check_about(folder: Path, wanted: Mapping[str, Any]) -> None:
-    found = read_about(folder, wanted["kind"])
+def check_about(folder: Path, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a folder whose `about` differs from what this run wants; keys that it does not ask for may be anything."""
     for key, value in json.loads(json.dumps(dict(wanted))).items():  # as JSON tells it: tuples are lists
-        if found.get(key) != value:
+        if about.get(key) != value:
             raise ValueError(
-                f"{folder} was made with {key} {found.get(key)!r}, this run has {value!r}; give another folder, or "
+                f"{folder} was made with {key} {about.get(key)!r}, this run has {value!r}; give another folder, or "
                 "delete this one to make it anew"
             )
 

@@ -6,9 +6,10 @@ Frames are floats in [0, 1], `[F, 3, H, W]` (or `[F, H, W, 3]` where it says so)
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,53 @@ def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[Tens
     if not frames:
         raise ValueError(f"{path} has no frames")
     return torch.stack(frames).permute(0, 3, 1, 2).float().div(255), fps
+
+
+def video_clips(path: str | Path, fps: float, num_frames: int, height: int, width: int) -> Iterator[Tensor]:
+    """A video cut into clips `[num_frames, 3, height, width]` in [0, 1], one after the other; what is left is dropped.
+
+    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled to cover height x width and cut around the centre.
+    Raises ValueError for a file that cannot be read, also in its middle, and for one shorter than a clip.
+    """
+    frames: list[Tensor] = []
+    too_short = True
+    for picture in _frames_at(path, fps):
+        frames.append(resize_cover(picture[None].float().div(255), height, width))
+        if len(frames) == num_frames:
+            yield torch.cat(frames)
+            frames, too_short = [], False
+    if too_short:
+        raise ValueError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
+
+
+def _frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
+    """uint8 `[3, H, W]`, upright: what is on screen at 0, 1 / fps, 2 / fps, ... until the video ends."""
+    number, shown = 0, None
+    for start, frame in _timed_frames(path):
+        while shown is not None and number / fps < start - 1e-4:
+            picture = torch.from_numpy(shown.to_ndarray(format="rgb24")).permute(2, 0, 1)
+            yield picture.rot90(shown.rotation // 90, (1, 2))
+            number += 1
+        shown = frame
+
+
+def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
+    """Decoded frames and when they appear, in seconds since the first; at the end the last one again, with its end."""
+    av = _import_av()
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            interval = 1 / float(stream.average_rate or stream.base_rate or 25)
+            begin, frame = None, None
+            for number, frame in enumerate(container.decode(stream)):
+                time = number * interval if frame.time is None else frame.time
+                begin = time if begin is None else begin
+                yield time - begin, frame
+            if frame is not None:
+                yield time - begin + interval, frame
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as a video ({error})") from error
 
 
 def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:

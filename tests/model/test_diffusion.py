@@ -9,6 +9,8 @@ from model.diffusion import CausalDiffusion
 from utils.conditioning import Conditioning
 from utils.distributed import Rngs, SampleRngs
 from utils.scheduler import FlowMatchScheduler
+from utils.wan_wrapper import WanDiffusionWrapper
+from wan.configs import WanConfig
 
 X0 = torch.randn(64, 6, 2, 4, 4)
 
@@ -100,6 +102,49 @@ def test_weighting_uses_the_schedulers_bell():
 def test_a_bidirectional_model_has_no_teacher_to_force():
     with pytest.raises(ValueError, match="set teacher_forcing: false"):
         CausalDiffusion(Spy(), FlowMatchScheduler(), is_causal=False)
+
+
+class Tap(nn.Module):
+    """A real network whose inputs can be asked what its outputs owe them."""
+
+    def __init__(self, network: WanDiffusionWrapper):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t, conditioning, t, *, clean_x=None, aug_t=None):
+        self.inputs = {"noisy": x_t.requires_grad_()}
+        if clean_x is not None:
+            self.inputs["clean"] = clean_x.clone().requires_grad_()
+        self.flow, _ = self.network(x_t, conditioning, t, clean_x=self.inputs.get("clean"), aug_t=aug_t)
+        return self.flow, None
+
+    def owes(self, name: str) -> list[list[bool]]:
+        """[i][j]: does block i of the flow depend on block j of an input? Blocks of two frames."""
+        rows = []
+        for block in self.flow.split(2, dim=1):
+            (gradient,) = torch.autograd.grad(block.sum(), self.inputs[name], retain_graph=True, allow_unused=True)
+            rows.append([bool(part.abs().sum() > 0) for part in gradient.split(2, dim=1)])
+        return rows
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "diffusion forcing", "teacher forcing"])
+def test_who_sees_whom(mode: str):
+    causal, forced = mode != "bidirectional", mode == "teacher forcing"
+    sizes = WanConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=2, in_dim=2, out_dim=2, text_dim=4, text_len=2)
+    network = WanDiffusionWrapper("", causal, from_scratch=True, model_config=sizes, num_frame_per_block=2)
+    torch.nn.init.normal_(network.model.head.head.weight)
+    tap = Tap(network)
+    objective = CausalDiffusion(tap, network.scheduler, is_causal=causal, teacher_forcing=forced, num_frame_per_block=2)
+    rngs = SampleRngs(Rngs(0, 0, torch.device("cpu")), range(2))
+    objective.loss(Batch(torch.randn(2, 6, 2, 4, 4), Conditioning(torch.randn(2, 2, 4))), rngs)
+    x, o = True, False
+    if mode == "bidirectional":
+        assert tap.owes("noisy") == [[x, x, x], [x, x, x], [x, x, x]]
+    elif mode == "diffusion forcing":
+        assert tap.owes("noisy") == [[x, o, o], [x, x, o], [x, x, x]]
+    else:
+        assert tap.owes("noisy") == [[x, o, o], [o, x, o], [o, o, x]]
+        assert tap.owes("clean") == [[o, o, o], [x, o, o], [x, x, o]]
 
 
 def test_blocks_of_a_clip():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.ode_regression import OdeBatch, ODERegression
+from model.base import Batch
+from model.ode_regression import ODERegression
 from tests.golden_data import below, load_golden, wan_config
 from utils.conditioning import Conditioning
 from utils.distributed import Rngs, SampleRngs
@@ -57,7 +58,7 @@ def test_golden_loss_and_gradients():
 
     generator.scheduler = Snapped(config["scheduler_shift"])
     objective = ODERegression(generator, timesteps=golden["denoising_step_list"][:-1].tolist())
-    loss, _ = objective.loss(OdeBatch(golden["ode_latent"], Conditioning(golden["prompt_embeds"])), Drawn())
+    loss, _ = objective.loss(Batch(golden["ode_latent"], Conditioning(golden["prompt_embeds"])), Drawn())
     loss.backward()
     torch.testing.assert_close(loss.detach(), golden["loss"], atol=1e-6, rtol=1e-6)
     parameters = dict(generator.model.named_parameters())
@@ -69,7 +70,7 @@ def test_golden_loss_and_gradients():
 
 def test_every_block_draws_its_state_and_is_told_its_time():
     spy = Spy(numbered(256))
-    loss, _ = ODERegression(spy, timesteps=STEPS).loss(OdeBatch(spy.trajectory, NOTHING), rngs(256))
+    loss, _ = ODERegression(spy, timesteps=STEPS).loss(Batch(spy.trajectory, NOTHING), rngs(256))
     assert loss == 0
     states = spy.x_t[:, :, 0, 0, 0].long()
     assert torch.equal(spy.t, torch.tensor([*STEPS, 0.0])[states])
@@ -81,7 +82,7 @@ def test_every_block_draws_its_state_and_is_told_its_time():
 
 def test_clean_blocks_are_context_and_cost_nothing():
     spy = Spy(numbered(64), error=1.0)
-    loss, details = ODERegression(spy, timesteps=STEPS).loss(OdeBatch(spy.trajectory, NOTHING), rngs(64))
+    loss, details = ODERegression(spy, timesteps=STEPS).loss(Batch(spy.trajectory, NOTHING), rngs(64))
     squares = (spy.t / 1000).square()
     noisy = spy.t > 0
     torch.testing.assert_close(loss, (squares.sum(1) / noisy.sum(1).clamp(min=1)).mean())
@@ -94,16 +95,16 @@ def test_a_batch_is_the_mean_of_its_clips():
     """So that accumulated passes are one large batch, however many of a clip's blocks are clean."""
     spy = Spy(numbered(4), error=1.0)
     objective = ODERegression(spy, timesteps=STEPS)
-    whole, _ = objective.loss(OdeBatch(spy.trajectory, NOTHING), rngs(4))
+    whole, _ = objective.loss(Batch(spy.trajectory, NOTHING), rngs(4))
     spy.trajectory = numbered(2)
-    parts = [objective.loss(OdeBatch(numbered(2), NOTHING), rngs(2, start))[0] for start in (0, 2)]
+    parts = [objective.loss(Batch(numbered(2), NOTHING), rngs(2, start))[0] for start in (0, 2)]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
 def test_a_causal_teachers_ode_is_learned_given_the_clean_past():
     spy = Spy(numbered(64))
     objective = ODERegression(spy, timesteps=STEPS, teacher_forcing=True)
-    objective.loss(OdeBatch(spy.trajectory, NOTHING), rngs(64))
+    objective.loss(Batch(spy.trajectory, NOTHING), rngs(64))
     assert torch.equal(spy.clean_x, spy.trajectory[:, -1])
     assert spy.t.min() > 0
 
@@ -111,11 +112,11 @@ def test_a_causal_teachers_ode_is_learned_given_the_clean_past():
 def test_blocks_with_a_first_frame_of_its_own():
     spy = Spy(numbered(64, frames=7))
     objective = ODERegression(spy, timesteps=STEPS, num_frame_per_block=3, independent_first_frame=True)
-    objective.loss(OdeBatch(spy.trajectory, NOTHING), rngs(64))
+    objective.loss(Batch(spy.trajectory, NOTHING), rngs(64))
     assert torch.equal(spy.t[:, 1:4], spy.t[:, 1:2].expand(-1, 3))
     assert (spy.t[:, 0] != spy.t[:, 1]).any()
 
 
 def test_a_trajectory_with_other_states_is_refused():
     with pytest.raises(ValueError, match="hold 5 states, but the 3 steps of this run and the clean clip make 4"):
-        ODERegression(Spy(numbered(1)), timesteps=STEPS[:3]).loss(OdeBatch(numbered(1), NOTHING), rngs(1))
+        ODERegression(Spy(numbered(1)), timesteps=STEPS[:3]).loss(Batch(numbered(1), NOTHING), rngs(1))

@@ -12,6 +12,7 @@ from utils.video import (
     resize_cover,
     safe_name,
     to_uint8,
+    video_clips,
     write_video,
 )
 
@@ -151,3 +152,23 @@ def test_any_prompt_has_a_safe_name_of_its_own(tmp_path):
         (tmp_path / f"{name}.mp4").touch()
     assert names[0].startswith("a_red_puppet_waves-")
     assert safe_name("words", key="other") != safe_name("words") == safe_name("words")
+
+
+def test_clips_of_a_video_lying_on_its_side_stand_upright(tmp_path):
+    """Telephones write portraits as landscapes and a rotation matrix in the track header."""
+    picture = torch.zeros(4, 3, 32, 64)
+    picture[:, 0, :, :32] = 1.0  # the left half is red
+    path = write_video(tmp_path / "lying.mp4", picture, fps=16)
+    upright = next(video_clips(path, 16, 4, 32, 64))
+    assert upright[0, 0, :, :24].mean() > 0.9 and upright[0, 0, :, 40:].mean() < 0.1
+
+    def matrix(*numbers: int) -> bytes:
+        return b"".join(number.to_bytes(4, "big", signed=True) for number in numbers)
+
+    one, end = 1 << 16, 1 << 30
+    raw, plain = path.read_bytes(), matrix(one, 0, 0, 0, one, 0, 0, 0, end)
+    track = raw.index(plain, raw.index(b"tkhd"))
+    turned = matrix(0, one, 0, -one, 0, 0, 0, 0, end)  # show it turned a quarter clockwise
+    path.write_bytes(raw[:track] + turned + raw[track + len(turned) :])
+    standing = next(video_clips(path, 16, 4, 64, 32))
+    assert standing[0, 0, :24].mean() > 0.9 and standing[0, 0, 40:].mean() < 0.1  # left has become top

@@ -1,0 +1,151 @@
+"""A folder of videos with captions, and its latents: decoded, cut into clips and encoded once, then only read.
+
+Captions stand beside the videos (`boat.mp4` + `boat.txt`), or for all of them in `captions.jsonl`, lines of
+{"video": "boat.mp4", "prompt": "..."}, or in `captions.csv` with the columns video and prompt. Paths are relative to
+the folder; sub-folders are searched. A caption's line breaks become spaces.
+"""
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.distributed import Ranks
+from utils.prompts import read_text
+from utils.shards import Made, ShardWriter
+from utils.video import video_clips
+
+logger = logging.getLogger(__name__)
+
+KIND = "latents"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+VIDEOS_PER_SHARD = 16
+
+
+@dataclass(frozen=True)
+class CaptionedVideo:
+    """name: its path below the folder."""
+
+    path: Path
+    name: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Clips cut from a video, one after the other: num_frames latents each, 1 + 4 (n - 1) pixel frames at fps."""
+
+    height: int
+    width: int
+    fps: int
+    num_frames: int
+
+    @property
+    def num_pixel_frames(self) -> int:
+        return 1 + 4 * (self.num_frames - 1)
+
+
+def scan_videos(folder: str | Path) -> tuple[list[CaptionedVideo], list[str]]:
+    """Videos that have captions, by name; and one sentence for each that has none, or that is listed but not there.
+
+    Raises FileNotFoundError for a folder that is not there, ValueError for one without videos or a list that cannot be
+    read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; data.path names a folder of videos")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    captions, source = _captions(folder, names)
+    videos, problems = [], [f"{source} lists {name}, which is not there" for name in captions if name not in names]
+    for file, name in zip(files, names, strict=True):
+        prompt = " ".join(captions.get(name, "").split())
+        if prompt:
+            videos.append(CaptionedVideo(file, name, prompt))
+        else:
+            problems.append(f"{file} has no caption in {source or file.with_suffix('.txt').name}")
+    return videos, problems
+
+
+def _captions(folder: Path, names: list[str]) -> tuple[dict[str, str], Path | None]:
+    """Captions by name, and the list that they come from, if there is one."""
+    table, lines = folder / "captions.csv", folder / "captions.jsonl"
+    if table.is_file() and lines.is_file():
+        raise ValueError(f"{folder} holds captions.csv and captions.jsonl; keep one")
+    if lines.is_file():
+        return dict(_from_jsonl(lines)), lines
+    if table.is_file():
+        reader = csv.DictReader(read_text(table).splitlines())
+        if not {"video", "prompt"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{table}: expected the columns video and prompt, found {reader.fieldnames}")
+        return {row["video"]: row["prompt"] or "" for row in reader}, table
+    sidecars = {name: (folder / name).with_suffix(".txt") for name in names}
+    return {name: read_text(path) for name, path in sidecars.items() if path.is_file()}, None
+
+
+def _from_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                yield str(record["video"]), str(record["prompt"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(f'{path}, line {number}: expected {{"video": "file", "prompt": "words"}}') from None
+
+
+def encode_videos(
+    folder: str | Path,
+    output: str | Path,
+    encode: Callable[[Tensor], Tensor],
+    shape: ClipShape,
+    *,
+    vae: str,
+    ranks: Ranks,
+    skip: bool = True,
+) -> None:
+    """Bring the latents in `output` up to date with the videos in `folder`, each rank its share.
+
+    encode: pixels [1, F_px, 3, H, W] in [-1, 1] -> latents [1, F, C, h, w]; vae: its fingerprint. A video without
+    caption, one that cannot be read and one shorter than a clip is left out with a sentence (skip), or stops the run.
+    """
+    videos, problems = scan_videos(folder)
+    by_name = {video.name: video for video in videos}
+
+    def complain(problem: str) -> None:
+        if not skip:
+            raise ValueError(f"{problem}; mend or remove it, or leave such videos out with data.skip_broken: true")
+        problems.append(problem)
+        logger.warning("left out: %s", problem)
+
+    for problem in problems[:] if ranks.is_main or not skip else []:
+        complain(problem)
+
+    def make(names: list[str]) -> Iterator[Made | None]:
+        for name in names:
+            video, latents = by_name[name], {}
+            try:
+                for pixels in video_clips(video.path, shape.fps, shape.num_pixel_frames, shape.height, shape.width):
+                    clip = encode(pixels.mul(2).sub(1)[None])[0]
+                    latents[f"clip{len(latents)}"] = clip.to(torch.bfloat16)
+            except ValueError as error:
+                complain(str(error))
+                yield None
+                continue
+            yield {"prompt": video.prompt, "num_clips": len(latents)}, latents
+
+    writer = ShardWriter(Path(output), about(shape, vae), ranks, VIDEOS_PER_SHARD)
+    writer.fill(list(by_name), make)
+    logger.info("%d videos of %s are in %s, %d left out", len(videos), folder, output, len(problems))
+
+
+def about(shape: ClipShape, vae: str) -> dict[str, Any]:
+    """What decides latents: size, rate and length of the clips, and the VAE."""
+    return {"kind": KIND, **asdict(shape), "vae": vae}
