@@ -80,10 +80,7 @@ def test_no_save(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["--config_path", "configs/self_forcing_dmd.yaml"],
-            "trainer 'score_distillation' is not part of this version",
-        ),
+        (["--config_path", "configs/puppet_vae.yaml", "trainer=gna"], "setting 'trainer'"),
         (["--config_path", "configs/none.yaml"], "no such file"),
         (["--config_path", "configs/puppet_vae.yaml", "bach_size=2"], "did you mean 'batch_size'?"),
         (["--config_path", "configs/puppet_vae.yaml", *VAE, "total_batch_size=3"], "no multiple of batch_size"),

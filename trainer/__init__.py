@@ -2,6 +2,7 @@
 
 from trainer.base import Trainer
 from trainer.diffusion import DiffusionTrainer
+from trainer.distillation import ScoreDistillationTrainer
 from trainer.text import TextTrainer
 from trainer.vae import VAETrainer
 
@@ -9,4 +10,5 @@ TRAINERS: dict[str, type[Trainer]] = {
     "vae": VAETrainer,
     "text": TextTrainer,
     "diffusion": DiffusionTrainer,
+    "score_distillation": ScoreDistillationTrainer,
 }

@@ -145,12 +145,28 @@ class Trainer(ABC):
         player, passes = learner.player, self.passes()
         for samples in passes:
             sample_rngs = SampleRngs(rngs, samples)
-            with self.autocast():
-                loss, details = player.loss(self.prepare(sample_rngs), sample_rngs)
-            learner.backward(loss / self.num_passes, is_last=samples == passes[-1])
+            with self.only(learner):
+                with self.autocast():
+                    loss, details = player.loss(self.prepare(sample_rngs), sample_rngs)
+                learner.backward(loss / self.num_passes, is_last=samples == passes[-1])
             for name, value in {"loss": loss.detach(), **details}.items():
                 metrics[f"{player.name}/{name}"] = metrics.get(f"{player.name}/{name}", 0) + value / self.num_passes
         return {**metrics, f"{player.name}/grad_norm": learner.step(self.step, self.progress())}
+
+    @contextlib.contextmanager
+    def only(self, learner: Learner) -> Iterator[None]:
+        """Others' networks may stand in this player's loss, but inside, forward and backward, they learn nothing."""
+        others = [other for other in self.learners if other is not learner]
+        parameters = [p for other in others for p in other.parameters.sources.values()]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for other in others:  # a sharded network's gathered weights take gradients all the same
+                other.parameters.zero_grad()
 
     def passes(self) -> list[range]:
         """This rank's samples of a step, pass by pass: places in the step's whole batch."""

@@ -113,23 +113,48 @@ class LatentTrainer(Trainer):
             shutil.copytree(source, tokenizer, dirs_exist_ok=True)
 
     def build_generator(self) -> WanDiffusionWrapper:
+        config = self.config
+        return self.build_network(
+            config.model_name,
+            self.starting_point,
+            use_ema=config.use_ema,
+            from_scratch=config.from_scratch,
+            **generator_options(config),
+        )
+
+    @property
+    def starting_point(self) -> str | None:
+        """The checkpoint that training starts from; None: the model folder's weights."""
+        return self.config.generator_ckpt
+
+    def build_network(
+        self,
+        model_name: str,
+        checkpoint: str | None = None,
+        *,
+        use_ema: bool = False,
+        from_scratch: bool = False,
+        dtype: torch.dtype = torch.float32,
+        **options,
+    ) -> WanDiffusionWrapper:
+        """A transformer where it can be cut (Sharding.build_device), ready to learn."""
         config, device = self.config, self.sharding.build_device
         reads = device.type != "meta"  # a rank that gets its weights from rank 0 reads none
-        generator = WanDiffusionWrapper(
-            config.model_name,
-            **generator_options(config),
-            from_scratch=config.from_scratch or not reads,
-            model_config=self.model_config,
+        network = WanDiffusionWrapper(
+            model_name,
+            from_scratch=from_scratch or not reads,
+            model_config=_model_config(model_name),
             device=device,
-            dtype=torch.float32,
+            dtype=dtype,
+            **options,
         )
-        if config.generator_ckpt and reads:
-            load_generator(generator, config.generator_ckpt, use_ema=config.use_ema)
-        generator.requires_grad_(True)
-        generator.model.gradient_checkpointing = config.gradient_checkpointing
+        if checkpoint and reads:
+            load_generator(network, checkpoint, use_ema=use_ema)
+        network.requires_grad_(True)
+        network.model.gradient_checkpointing = config.gradient_checkpointing
         if config.compile:
-            generator.model.compile_blocks()
-        return generator
+            network.model.compile_blocks()
+        return network
 
     def build_text_encoder(self) -> nn.Module:
         config, sizes = self.config, self.config.text_encoder
@@ -189,7 +214,10 @@ class LatentTrainer(Trainer):
         return Batch(drawn.latents, Conditioning(self.embed_words(drawn, dropped)))
 
     def embed_words(self, drawn: Samples, dropped: Tensor | None = None) -> Tensor:
-        """prompt_embeds [B, T, text_dim] of samples; those that are dropped, [B, 1], say the negative prompt."""
+        """prompt_embeds [B, T, text_dim] of samples; those that are dropped, [B, 1], say the negative prompt.
+
+        The host does not wait for the device.
+        """
         none = self.negative_words
         if drawn.prompt_embeds is not None:
             embeds = drawn.prompt_embeds
@@ -236,6 +264,11 @@ class LatentTrainer(Trainer):
             value, details = loss(Batch(drawn.latents, Conditioning(self.embed_words(drawn))), rngs)
         return {"loss": value.detach(), **details}
 
+    @property
+    def num_sample_frames(self) -> int:
+        """Latents of a sample video."""
+        return self.config.num_training_frames
+
     def sample(self, path: Path) -> None:
         """A contact sheet of the same prompts and seeds all through the run, with the inference pipeline."""
         config = self.config
@@ -246,7 +279,7 @@ class LatentTrainer(Trainer):
             videos = pipeline.inference(
                 text_prompts=prompts,
                 seeds=[config.seed + i for i in range(len(prompts))],
-                num_frames=config.num_training_frames,
+                num_frames=self.num_sample_frames,
                 height=config.height,
                 width=config.width,
             )

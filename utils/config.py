@@ -126,6 +126,30 @@ class TextEncoderConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """Score distillation: a few-step student, judged by a frozen teacher (real score) and a critic (fake score)."""
+
+    init_ckpt: str | None = None  # generator that training starts from; None: generator_ckpt
+    real_name: str | None = None  # model folder of the bidirectional teacher; None: that of model_name
+    real_ckpt: str | None = None  # .pt or .safetensors over that folder's weights
+    fake_name: str | None = None  # model folder that the critic starts from; None: the teacher's
+    fake_ckpt: str | None = None
+    real_guidance_scale: float = 4.0  # w in uncond + w (cond - uncond); Self-Forcing's 3, which counts from cond, is 4
+    fake_guidance_scale: float = 1.0
+    dfake_gen_update_ratio: int = 5  # the critic learns in every step, the generator in every so many
+    min_score_timestep: float = 0.0  # times of the scores start here, on the unshifted 0-1000 grid ...
+    ts_schedule: bool = False  # ... or where the rollout's exit step left off
+    ts_schedule_max: bool = False  # and end where that step began, not at 1000
+    min_step: float = 20.0  # lowest and highest time at which scores are asked, after the shift
+    max_step: float = 980.0
+    sid_alpha: float = 1.0
+    same_step_across_blocks: bool = True  # all blocks of a rollout leave at the same denoising step
+    last_step_only: bool = False  # which is always the last
+    num_grad_frames: int = 21  # latents the scores see: the last ones of longer rollouts (num_training_frames)
+    num_input_frames: int = 0  # latents of a real clip that rollouts go on from; 1: image to video
+
+
+@dataclass
 class CheckpointConfig:
     """Training state on disk."""
 
@@ -154,7 +178,7 @@ class Config:
 
     # --- who ---
     trainer: Literal["vae", "text", "diffusion", "ode", "score_distillation", "gan"] = "diffusion"
-    distribution_loss: Literal["dmd", "sid", "gan", "causvid"] = "dmd"  # read by score distillation only
+    distribution_loss: Literal["dmd", "sid", "causvid"] = "dmd"  # read by score distillation only
     model_name: str = "puppet-tiny"  # a folder in wan_models/ and a key of WAN_CONFIGS
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
     generator_ckpt: str | None = None  # .pt or .safetensors loaded over the model folder's weights
@@ -213,6 +237,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -283,12 +308,17 @@ class Config:
         frames, block = getattr(self, name), self.num_frame_per_block
         if frames < 1:
             raise ConfigError(f"{name} is {frames}; a video has at least 1 latent frame")
-        first = 1 if self.independent_first_frame else 0
+        given = 0
+        if name == "num_training_frames" and self.trainer == "score_distillation":
+            given = self.distillation.num_input_frames
+        frames -= given
+        first = 1 if self.independent_first_frame and not given else 0
         if self.causal and (frames - first) % block:
             low = (frames - first) // block * block + first
-            choice = " or ".join(str(n) for n in (low, low + block) if n > 0)
+            choice = " or ".join(str(given + n) for n in (low, low + block) if n > 0)
             blocks = f"one frame and blocks of {block}" if first else f"blocks of {block}"
-            raise ConfigError(f"{frames} latent frames do not split into {blocks}; use {choice} ({name})")
+            after = f" after {given} given ones" if given else ""
+            raise ConfigError(f"{frames} latent frames{after} do not split into {blocks}; use {choice} ({name})")
 
     def _check_window(self) -> None:
         window, sink = self.model_kwargs.local_attn_size, self.model_kwargs.sink_size

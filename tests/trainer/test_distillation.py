@@ -1,0 +1,190 @@
+"""trainer/distillation.py: every score distillation takes its steps, resumes exactly, and leaves a few-step model."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.build import build_pipeline
+from tests.trainer.toy import ALONE, SIZES, make, state
+from trainer.diffusion import DiffusionTrainer
+from trainer.distillation import ScoreDistillationTrainer
+from utils.config import ConfigError, load_config
+from utils.dataset import Samples, TrainingData
+from utils.distributed import Ranks, SampleRngs, init_distributed, shutdown
+
+pytestmark = pytest.mark.usefixtures("toy_sizes")
+
+FEW_STEPS = ["from_scratch=false", "train_text_encoder=false", "denoising_step_list=[1000,500]"]
+FEW_STEPS += ["distillation.dfake_gen_update_ratio=2", "optimizer.lr=1e-3", "data.min_fill=2", "max_steps=3"]
+MODES = {
+    "dmd": [],
+    "dmd by exit step": ["distillation.ts_schedule=true", "distillation.ts_schedule_max=true"],
+    "dmd without clean pass": ["clean_context=false", "gradient_checkpointing=true"],
+    "dmd on long rollouts": ["num_training_frames=12", "distillation.num_grad_frames=6", "seed=1"],
+    "dmd from an image": [
+        "distillation.num_input_frames=1", "num_training_frames=7", "distillation.num_grad_frames=7",
+    ],
+    "dmd in one step": ["denoising_step_list=[1000]", "distillation.fake_guidance_scale=2"],
+    "sid": ["distribution_loss=sid"],
+    "sid with checkpointing": ["distribution_loss=sid", "gradient_checkpointing=true"],
+    "causvid": ["distribution_loss=causvid"],
+    "causvid on noisy context": ["distribution_loss=causvid", "teacher_forcing=false"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path_factory, vae_folder: Path, toy_sizes) -> tuple[Path, Path]:
+    """A causal model with a text encoder, and a bidirectional teacher of the same words."""
+    home = tmp_path_factory.getbasetemp() / "distillation"
+    causal, teacher = home / "causal", home / "teacher"
+    if not home.is_dir():
+        make(DiffusionTrainer, causal, vae_folder, "max_steps=2").train(visualize=False)
+        words = f"data.text_encoder_folder={causal / 'export'}"
+        bidirectional = ["causal=false", "teacher_forcing=false", "train_text_encoder=false", words, "max_steps=2"]
+        make(DiffusionTrainer, teacher, vae_folder, *bidirectional).train(visualize=False)
+    return causal / "export", teacher / "export"
+
+
+def distil(folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> ScoreDistillationTrainer:
+    causal, teacher = folders
+    names = [f"model_name={causal}", f"distillation.real_name={teacher}"]
+    return make(ScoreDistillationTrainer, folder, causal, *FEW_STEPS, *names, *overrides, ranks=ranks)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_moves_student_and_critic(mode: str, tmp_path: Path, folders):
+    trainer = distil(tmp_path, folders, *MODES[mode])
+    before = {p.name: {n: w.detach().clone() for n, w in p.module.named_parameters()} for p in trainer.players}
+    teacher = {name: p.detach().clone() for name, p in trainer.objective.scores.real.named_parameters()}
+    trainer.train(save=False, visualize=False)
+    for player in trainer.players:
+        still = [n for n, p in player.module.named_parameters() if torch.equal(p, before[player.name][n])]
+        assert not still, player.name
+    assert all(torch.equal(p, teacher[name]) for name, p in trainer.objective.scores.real.named_parameters())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["student/loss" in line for line in lines] == [True, False, True]
+    assert all(0.01 < line["critic/loss"] < 20 for line in lines)
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path, folders):
+    distil(tmp_path / "whole", folders, "max_steps=4").train(visualize=False)
+    distil(tmp_path / "parts", folders, "max_steps=2").train(visualize=False)
+    distil(tmp_path / "parts", folders, "max_steps=4").train(visualize=False)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid", "causvid"])
+def test_accumulated_passes_are_one_large_batch(loss: str, tmp_path: Path, folders):
+    settings = [f"distribution_loss={loss}", "max_steps=1"]
+    distil(tmp_path / "large", folders, *settings, "batch_size=4").train(visualize=False)
+    distil(tmp_path / "small", folders, *settings, "total_batch_size=4").train(visualize=False)
+    large, small = state(tmp_path / "large"), state(tmp_path / "small")
+    for name, tensor in large.items():
+        if "/exp_avg/" in name:  # the gradients
+            torch.testing.assert_close(tensor, small[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_checkpointing_changes_nothing(loss: str, tmp_path: Path, folders):
+    for checkpointing in ("true", "false"):
+        settings = [f"distribution_loss={loss}", f"gradient_checkpointing={checkpointing}", "max_steps=2"]
+        distil(tmp_path / checkpointing, folders, *settings).train(visualize=False)
+    on, off = state(tmp_path / "true"), state(tmp_path / "false")
+    assert all(torch.equal(on[name], off[name]) for name in on)
+
+
+class DrawnData(TrainingData):
+    """Latents and prompt embeddings that are a function of the sample, whoever draws it."""
+
+    def draw(self, rngs: SampleRngs) -> Samples:
+        return Samples(prompt_embeds=rngs.randn(SIZES.text_len, SIZES.text_dim), latents=rngs.randn(6, 4, 4, 4))
+
+
+def run_on_drawn_data(folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> None:
+    trainer = distil(folder, folders, "max_steps=1", *overrides, ranks=ranks)
+    trainer.data = DrawnData()
+    draw = trainer.objective.generate.pipeline.draw_exit_steps
+    exits = []
+    trainer.objective.generate.pipeline.draw_exit_steps = lambda *args: exits.append(draw(*args)) or exits[-1]
+    trainer.train(visualize=False)
+    (folder / f"exits_{ranks.rank}.json").write_text(json.dumps(exits))
+
+
+STRATEGIES = ["no_shard", "full"]
+
+
+def test_two_ranks_are_one_process(tmp_path: Path, folders):
+    """Replicated or sharded, each with half of the batch; and both leave their rollouts at the same steps."""
+    run_on_drawn_data(tmp_path / "one", folders, "batch_size=2", "denoising_step_list=[1000,750,500,250]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, tmp_path, *folders], check=True, timeout=240, cwd=root, env=environment)
+    one = state(tmp_path / "one")
+    for strategy in STRATEGIES:
+        two = state(tmp_path / strategy)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            if "/exp_avg/" in name:  # the gradients
+                torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        exits = [json.loads((tmp_path / strategy / f"exits_{rank}.json").read_text()) for rank in range(2)]
+        assert exits[0] == exits[1] == json.loads((tmp_path / "one" / "exits_0.json").read_text())
+
+
+def test_the_export_is_a_few_step_model(tmp_path: Path, folders):
+    distil(tmp_path, folders).train()
+    assert (tmp_path / "samples" / "step_000003.png").stat().st_size > 1000
+    settings = [f"model_name={tmp_path / 'export'}", "denoising_step_list=[1000,500]", "height=32", "width=32"]
+    pipeline = build_pipeline(load_config(overrides=[*settings, "model_kwargs.local_attn_size=6", "device=cpu"]))
+    assert pipeline.inference(text_prompts=["a red puppet"], num_frames=6, height=32, width=32).shape[1] == 21
+
+
+def test_a_long_rollouts_first_latent_needs_the_end_only(tmp_path: Path, folders):
+    trainer = distil(tmp_path, folders, "max_steps=1")
+    clip = torch.randn(1, 9, 4, 4, 4)
+    latent = trainer.first_latent(clip)
+    assert latent.shape == (1, 1, 4, 4, 4)
+    assert torch.equal(latent, trainer.first_latent(clip[:, 5:]))
+    assert not torch.equal(latent, trainer.first_latent(clip[:, :8]))
+
+
+def test_training_starts_from_its_own_checkpoint(tmp_path: Path, folders):
+    weights = {n: torch.full_like(p, 0.5) for n, p in distil(tmp_path, folders).generator.named_parameters()}
+    torch.save({"generator": weights}, tmp_path / "init.pt")
+    trainer = distil(tmp_path, folders, f"distillation.init_ckpt={tmp_path / 'init.pt'}", "generator_ckpt=absent.pt")
+    assert all((p == 0.5).all() for p in trainer.generator.parameters())
+
+
+def test_settings_that_cannot_work(tmp_path: Path, folders, vae_folder: Path, tiny_model_folder: Path):
+    with pytest.raises(ConfigError, match="set causal: true and denoising_step_list"):
+        distil(tmp_path, folders, "denoising_step_list=null")
+    with pytest.raises(ConfigError, match="train_text_encoder: false"):
+        distil(tmp_path, folders, "train_text_encoder=true")
+    with pytest.raises(ConfigError, match="use a teacher of the same VAE"):
+        distil(tmp_path, folders, f"distillation.real_name={tiny_model_folder}")
+    make(DiffusionTrainer, tmp_path / "other", vae_folder, "max_steps=1", "seed=9").train(visualize=False)
+    with pytest.raises(ConfigError, match="was trained with another text encoder"):
+        distil(tmp_path, folders, f"distillation.real_name={tmp_path / 'other' / 'export'}")
+    with pytest.raises(ValueError, match="whose last 4 are judged"):
+        distil(tmp_path, folders, "distillation.num_grad_frames=4")
+
+
+if __name__ == "__main__":  # what torchrun starts in the two-rank test
+    torch.set_num_threads(1)
+    two_ranks = init_distributed("cpu")
+    home, causal, teacher = map(Path, sys.argv[1:])
+    for sharding in STRATEGIES:
+        options = ["batch_size=1", "denoising_step_list=[1000,750,500,250]", f"sharding_strategy={sharding}"]
+        run_on_drawn_data(home / sharding, (causal, teacher), *options, ranks=two_ranks)
+    shutdown()
