@@ -23,6 +23,7 @@ from .weights import load_weights, save_safetensors
 # Self-attention of one layer, rotary positions included: (layer, q, k, v), each [B, L, N, D] -> [B, L, N, D].
 # Blocks do not know whether there is a mask, a cache, or neither.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+MAX_GRAPHS = 64  # compiled forwards of a block: a walk's blocks see pasts of different lengths, with and without grad
 Keys = tuple[Tensor, Tensor]  # keys and values of a prompt or an image, [B, T, N, D] each
 
 
@@ -397,8 +398,11 @@ class WanModel(nn.Module):
         """Compile the blocks (one graph for all layers); kwargs go to torch.compile. The state dict keeps its names.
 
         Only what is inside a block is compiled: hooks around it, such as those that gather sharded weights, stay eager.
+        Every shape gets a graph of its own: a checkpointed block that is recomputed must find the graph it first ran,
+        and one that grew dynamic in between is another.
         """
-        forward = torch.compile(WanAttentionBlock.forward, **kwargs)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+        forward = torch.compile(WanAttentionBlock.forward, **{"dynamic": False, **kwargs})
         for block in self.blocks:
             block.forward = MethodType(forward, block)
 

@@ -1,0 +1,45 @@
+"""Several gloo processes for a test: one Python that imports everything once, then forks its ranks.
+
+A file that wants them ends with `if __name__ == "__main__": ranks.main(work)` and calls `ranks.run(__file__, n, ...)`.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(file: str, num_ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Start `file` with num_ranks ranks and wait; what they wrote to stderr is in the result."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, file, str(num_ranks), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
+
+
+def main(work: Callable[[list[str]], None]) -> None:
+    """Fork the ranks; each joins a gloo group and does work(arguments). The exit code is the first failure's."""
+    torch.set_num_threads(1)
+    num_ranks = int(sys.argv[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_rank, args=(r, num_ranks, port, work)) for r in range(num_ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(next((p.exitcode for p in processes if p.exitcode), 0))
+
+
+def _rank(rank: int, num_ranks: int, port: int, work: Callable[[list[str]], None]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    work(sys.argv[2:])
