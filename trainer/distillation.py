@@ -41,10 +41,13 @@ class ScoreDistillationTrainer(LatentTrainer):
     def num_sample_frames(self) -> int:
         return self.config.num_training_frames - self.config.distillation.num_input_frames
 
+    @property
+    def needs_latents(self) -> bool:
+        return self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
+
     def make_players(self) -> list[Player]:
         config, settings = self.config, self.config.distillation
         self._check()
-        self.negative = self.embed([config.negative_prompt]).detach()
         real_name = settings.real_name or config.model_name
         fake_name, fake_ckpt = settings.fake_name or real_name, settings.fake_ckpt
         if settings.fake_name is None and fake_ckpt is None:
@@ -154,6 +157,11 @@ class ScoreDistillationTrainer(LatentTrainer):
         """
         pixels = self.vae.decode(clip[:, -LATENTS_BEHIND:].transpose(1, 2).to(self.latent_dtype))
         return self.vae.encode(pixels[:, :, -1:].clamp(-1, 1)).transpose(1, 2)
+
+    @torch.no_grad()
+    def open_data(self) -> None:
+        super().open_data()
+        self.negative = self.embed_words(self.negative_words)
 
     @torch.no_grad()
     def prepare(self, rngs: SampleRngs) -> Batch:
