@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, the repository is not on the path yet
 
@@ -53,8 +52,13 @@ class DMDStep(ScoreDistillationTrainer):
         self.model_config = WAN_CONFIGS[self.config.model_name]
         self.generator = self.build_generator()
         self.vae = SimpleNamespace(spatial_stride=VAE_STRIDE)
-        self.data = RandomWords(self.model_config)
+        self.open_data()
         return self.make_players()
+
+    def open_data(self) -> None:
+        sizes = self.model_config
+        self.data = RandomWords(sizes)
+        self.negative = torch.zeros(1, sizes.text_len, sizes.text_dim, device=self.device)
 
     def build_network(self, model_name: str, checkpoint=None, *, dtype=torch.float32, **options) -> WanDiffusionWrapper:
         """Weights of a size that lets values move, drawn once and fast: layers' own initialisation takes minutes."""
@@ -74,9 +78,6 @@ class DMDStep(ScoreDistillationTrainer):
 
     def build_score(self, model_name: str, checkpoint: str | None, dtype: torch.dtype) -> WanDiffusionWrapper:
         return self.build_network(model_name, dtype=dtype, timestep_shift=self.config.timestep_shift)
-
-    def embed(self, prompts: list[str]) -> Tensor:
-        return torch.zeros(len(prompts), self.model_config.text_len, self.model_config.text_dim, device=self.device)
 
     def step_that_exits_at(self, exit_step: int, stream: int) -> Rngs:
         """The randomness of the first training step whose rollouts leave there."""
