@@ -57,7 +57,7 @@ class DMDStep(ScoreDistillationTrainer):
 
     def open_data(self) -> None:
         sizes = self.model_config
-        self.data = RandomWords(sizes)
+        self.data, self.negative_words = RandomWords(sizes), Samples()
         self.negative = torch.zeros(1, sizes.text_len, sizes.text_dim, device=self.device)
 
     def build_network(self, model_name: str, checkpoint=None, *, dtype=torch.float32, **options) -> WanDiffusionWrapper:
