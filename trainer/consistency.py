@@ -1,6 +1,7 @@
 """Causal consistency distillation: from a many-step teacher to a few-step student, on clean clips alone."""
 
 import torch
+from torch import Tensor
 
 from model.base import Player
 from model.consistency import ConsistencyDistillation
@@ -44,3 +45,7 @@ class ConsistencyTrainer(FewStepTrainer):
         averages = self.learners[0].ema.average
         for name, parameter in self.average.named_parameters():
             local(parameter).copy_(averages[f"generator.{name}"])
+
+    def evaluate(self) -> dict[str, Tensor]:
+        """Loss on held-out clips, beside the samples."""
+        return self.held_out(self.objective.loss) | super().evaluate()

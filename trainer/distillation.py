@@ -17,6 +17,10 @@ class ScoreDistillationTrainer(FewStepTrainer):
 
     name = "score_distillation"
 
+    @property
+    def needs_latents(self) -> bool:
+        return self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
+
     def make_players(self) -> list[Player]:
         config, settings = self.config, self.config.distillation
         real, fake = self.build_teacher(), self.build_critic()

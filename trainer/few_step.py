@@ -1,5 +1,6 @@
 """What recipes for a few-step student share: networks that help it learn, guidance, and the walk of inference."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from pipeline.self_forcing_training import SelfForcingTrainingPipeline
 from trainer.latents import LatentTrainer
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
+from utils.dataset import Samples
 from utils.distributed import SampleRngs
 from utils.fingerprint import fingerprint
 from utils.wan_wrapper import WanDiffusionWrapper
@@ -38,9 +40,7 @@ class FewStepTrainer(LatentTrainer):
 
     def build(self) -> list[Player]:
         self.check()
-        players = super().build()
-        self.negative = self.embed([self.config.negative_prompt]).detach()
-        return players
+        return super().build()
 
     def check(self) -> None:
         """Refuse the config of another stage."""
@@ -57,11 +57,19 @@ class FewStepTrainer(LatentTrainer):
             )
 
     @torch.no_grad()
+    def open_data(self) -> None:
+        super().open_data()
+        self.negative = self.embed_words(self.negative_words)
+
     def prepare(self, rngs: SampleRngs) -> Batch:
-        """Words and no words, embedded without gradient; prompts are never dropped."""
-        drawn = self.data.draw(rngs)
-        words = self.embed_words(drawn)
-        return Batch(drawn.latents, Conditioning(words), Conditioning(self.negative.expand(len(words), -1, -1)))
+        return self.batch(self.data.draw(rngs))  # prompts are never dropped
+
+    @torch.no_grad()
+    def batch(self, drawn: Samples, dropped: Tensor | None = None) -> Batch:
+        """Words and no words, embedded without gradient."""
+        batch = super().batch(drawn, dropped)
+        negative = self.negative.expand(len(batch.conditioning.prompt_embeds), -1, -1)
+        return replace(batch, negative=Conditioning(negative))
 
     @property
     def timesteps(self) -> list[float]:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from model.base import Batch, Loss, Player
 from pipeline.build import assemble_pipeline, generator_options
 from trainer.base import Trainer
+from trainer.data import DataSource
 from utils.checkpoint import load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import Samples, TrainingData
 from utils.distributed import Rngs, SampleRngs, barrier
-from utils.puppet_latents import PuppetLatents
 from utils.sharding import whole_state
+from utils.text_cache import TextEncoderFiles
 from utils.training_state import has_training_state
 from utils.video import contact_sheet
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
@@ -33,14 +34,11 @@ from wan.configs import (
 )
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5, new_umt5, save_umt5
 from wan.modules.vae import load_vae
-from world.captions import captions
-from world.puppet import sample_scenes
 from world.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLES = 4  # videos on the contact sheet
-SAMPLE_SCENES_FROM = 32  # their first held-out scene
 NUM_EVAL_SAMPLES = 16  # held-out clips that the loss is measured on, rounded up to whole batches
 EVAL_STEP = 2**40  # the held-out loss draws its noise as this step: no training step ever
 
@@ -54,6 +52,11 @@ class LatentTrainer(Trainer):
 
     can_shard = True
 
+    @property
+    def needs_latents(self) -> bool:
+        """Whether the objective learns from clips, or from words alone."""
+        return True
+
     def build(self) -> list[Player]:
         config = self.config
         self.model_config = _model_config(config.model_name)
@@ -63,13 +66,12 @@ class LatentTrainer(Trainer):
         barrier(self.ranks)
         self.generator = self.build_generator()
         self.tokenizer = TextTokenizer(find_model_file(self.folder, TOKENIZER_FOLDERS), self.model_config.text_len)
-        self.text_encoder = self.build_text_encoder()
-        self.negative_tokens = self.tokenize([config.negative_prompt])
+        self.text_encoder = None if config.data.text_cache else self.build_text_encoder()
         vae = find_model_file(self.folder, VAE_FILES)
         self.latent_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.vae = load_vae(vae, device=self.device, dtype=self.latent_dtype)
-        self.data = self.build_data("train", self.ranks.rank, config.data.pool_size, config.data.min_fill)
-        self.eval_data: TrainingData | None = None
+        self.source = self.make_source()
+        self.heldout_data: TrainingData | None = None
         return self.make_players()
 
     @abstractmethod
@@ -176,55 +178,64 @@ class LatentTrainer(Trainer):
             return Path(config.data.text_encoder_folder)
         return find_model_folder(config.model_name)
 
-    def build_data(self, split: str, rank: int, pool_size: int, min_fill: int) -> TrainingData:
-        config = self.config
-        if config.height != config.width:
-            raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
-        return PuppetLatents(
-            lambda pixels: self.vae.encode(pixels.transpose(1, 2).to(self.latent_dtype)).transpose(1, 2),
+    def make_source(self) -> DataSource:
+        encoder, tokenizer = None, find_model_file(self.folder, TOKENIZER_FOLDERS)
+        if self.config.data.text_cache:
+            weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
+            encoder = TextEncoderFiles(weights, tokenizer, self.model_config.text_len)
+        return DataSource(
+            self.config,
+            self.ranks,
             self.tokenizer,
-            seed=config.seed,
-            rank=rank,
-            num_latent_frames=config.num_training_frames,
-            size=config.height,
-            pool_size=pool_size,
-            min_fill=min_fill,
-            refresh_per_step=config.data.refresh_per_step,
-            chunk_size=config.data.encode_batch_size,
-            device=self.device,
+            encoder,
+            vae=self.vae,
+            vae_folder=self.folder,
             dtype=self.latent_dtype,
-            split=split,
+            needs_latents=self.needs_latents,
         )
 
     # --- a step ---
 
     def start(self) -> None:
+        self.open_data()
         self.data.fill(self.step, whole=not self.config.checkpoint.compact)
+
+    def open_data(self) -> None:
+        """Data, and with it the words that the text side knows."""
+        self.data = self.source.open()
+        self.negative_words = self.source.words([self.config.negative_prompt])
 
     def after_step(self) -> None:
         self.data.advance(self.step)
 
     def prepare(self, rngs: SampleRngs) -> Batch:
         drawn = self.data.draw(rngs)
-        dropped = rngs.rand(1) < self.config.data.text_dropout
-        pairs = zip(self.negative_tokens, (drawn.ids, drawn.mask), strict=True)
-        ids, mask = (torch.where(dropped, none, some) for none, some in pairs)
-        return Batch(drawn.latents, Conditioning(self.embed_words(Samples(ids, mask))))
+        return self.batch(drawn, rngs.rand(1) < self.config.data.text_dropout)
 
-    def embed_words(self, drawn: Samples) -> Tensor:
-        """[B, T, text_dim] of a batch; the host does not wait for the device."""
+    def batch(self, drawn: Samples, dropped: Tensor | None = None) -> Batch:
+        """Samples as an objective takes them; dropped: see embed_words."""
+        return Batch(drawn.latents, Conditioning(self.embed_words(drawn, dropped)))
+
+    def embed_words(self, drawn: Samples, dropped: Tensor | None = None) -> Tensor:
+        """prompt_embeds [B, T, text_dim] of samples; those that are dropped, [B, 1], say the negative prompt.
+
+        The host does not wait for the device.
+        """
+        none = self.negative_words
         if drawn.prompt_embeds is not None:
-            return drawn.prompt_embeds
-        return encode(self.text_encoder, drawn.ids, drawn.mask, longest=drawn.ids.shape[1])
+            embeds = drawn.prompt_embeds
+            return embeds if dropped is None else torch.where(dropped[..., None], none.prompt_embeds, embeds)
+        ids, mask = drawn.ids, drawn.mask
+        if dropped is not None:
+            ids, mask = torch.where(dropped, none.ids, ids), torch.where(dropped, none.mask, mask)
+        return encode(self.text_encoder, ids, mask, longest=ids.shape[1])
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> [B, T, text_dim], with the text encoder as it is now."""
-        return encode(self.text_encoder, *self.tokenize(prompts))
-
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """ids and mask, int64 [B, T] each, on the device."""
-        ids, mask = self.tokenizer(list(prompts))
-        return ids.to(self.device), mask.to(self.device)
+        """Prompts -> [B, T, text_dim], with the text encoder as it is now, or from the cache."""
+        words = self.source.words(prompts)
+        if words.prompt_embeds is not None:
+            return words.prompt_embeds
+        return encode(self.text_encoder, words.ids, words.mask)
 
     # --- how it is judged and handed over ---
 
@@ -234,13 +245,13 @@ class LatentTrainer(Trainer):
         return {}
 
     def held_out(self, loss: Loss) -> dict[str, Tensor]:
-        """A loss on held-out puppets with fixed noise."""
-        batch_size, chunk = self.config.batch_size, self.config.data.encode_batch_size
-        if self.eval_data is None:
-            wanted = -(-NUM_EVAL_SAMPLES // chunk) * chunk
-            self.eval_data = self.build_data("heldout", 0, wanted, wanted)
-            self.eval_data.fill(0)
-        rngs = Rngs(self.config.seed, EVAL_STEP, self.device)
+        """A loss on held-out clips with fixed noise; nothing where no clips are held out."""
+        if self.heldout_data is None:
+            self.heldout_data = self.source.open_heldout(NUM_EVAL_SAMPLES)
+            if self.heldout_data is None:
+                return {}
+            self.heldout_data.fill(0)
+        batch_size, rngs = self.config.batch_size, Rngs(self.config.seed, EVAL_STEP, self.device)
         batches = [range(i, i + batch_size) for i in range(0, NUM_EVAL_SAMPLES, batch_size)]
         metrics: dict[str, Tensor] = {}
         for samples in batches:
@@ -251,10 +262,9 @@ class LatentTrainer(Trainer):
     @torch.enable_grad()
     def _held_out_pass(self, loss: Loss, rngs: SampleRngs) -> dict[str, Tensor]:
         """Loss of one batch. In shape and with gradient as in training: what was compiled for that serves here too."""
-        drawn = self.eval_data.draw(rngs)
+        drawn = self.heldout_data.draw(rngs)
         with self.autocast():
-            prompt_embeds = encode(self.text_encoder, drawn.ids, drawn.mask)
-            value, details = loss(Batch(drawn.latents, Conditioning(prompt_embeds)), rngs)
+            value, details = loss(self.batch(drawn), rngs)
         return {"loss": value.detach(), **details}
 
     @property
@@ -263,16 +273,15 @@ class LatentTrainer(Trainer):
         return self.config.num_training_frames
 
     def sample(self, path: Path) -> None:
-        """A contact sheet of held-out prompts, with the inference pipeline."""
+        """A contact sheet of the same prompts and seeds all through the run, with the inference pipeline."""
         config = self.config
-        scenes = sample_scenes(NUM_SAMPLES, config.seed, "heldout", start=SAMPLE_SCENES_FROM)
-        prompts = captions(scenes, config.seed, full=True)
+        prompts = self.source.sample_prompts(NUM_SAMPLES)
         vae = WanVAEWrapper(str(self.folder), device=self.device)
         pipeline = assemble_pipeline(config, self.generator, self.embed, vae)
         with torch.compiler.set_stance("force_eager"):  # sampling has other shapes: compiling them costs more
             videos = pipeline.inference(
                 text_prompts=prompts,
-                seeds=[config.seed + i for i in range(NUM_SAMPLES)],
+                seeds=[config.seed + i for i in range(len(prompts))],
                 num_frames=self.num_sample_frames,
                 height=config.height,
                 width=config.width,

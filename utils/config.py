@@ -73,8 +73,16 @@ class EmaConfig:
 
 @dataclass
 class DataConfig:
-    """Puppet clips, rendered and encoded while training (utils/dataset.py)."""
+    """What is learned from (docs/training_data.md)."""
 
+    kind: Literal["puppet", "prompts", "videos", "latents", "ode_pairs"] = "puppet"
+    path: str | None = None  # prompts: a text file; videos: a folder with captions; others: a folder a script filled
+    extended_path: str | None = None  # prompts: file whose line n is learned in place of line n
+    latent_cache: str | None = None  # videos: folder of their latents, filled as needed; None: <path>/latents
+    skip_broken: bool = True  # videos: leave out what cannot be used, with a word; False: stop
+    text_cache: str | None = None  # folder of prompt embeddings, filled as needed; None: the text encoder stays loaded
+    sample_prompts: str | None = None  # file of the prompts on contact sheets; None: held-out puppets, or the data's
+    # puppet clips, rendered and encoded while training (utils/puppet_latents.py)
     vae_folder: str | None = None  # model folder whose VAE makes the latents; None: the folder of model_name
     tokenizer_folder: str | None = None  # tokenizer of a new text encoder; None: one made from the world's captions
     text_encoder_folder: str | None = None  # from_scratch: text encoder (and tokenizer) to start from; None: a new one
@@ -86,7 +94,7 @@ class DataConfig:
     num_frames: int = 17  # pixels frames of a VAE training clip (1 + a multiple of 4)
     tail_num_frames: int = 33  # length of VAE clips in the last part of the run
     tail_share: float = 0.25  # of the run, trained on tail_num_frames
-    num_eval_clips: int = 16  # held-out clips that the VAE's PSNR is measured on
+    num_eval_clips: int = 16  # held-out clips of the VAE's PSNR; held-out videos (or pairs), at most one in ten
 
 
 @dataclass
@@ -299,8 +307,28 @@ class Config:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it is at least 1")
+        self._check_data()
         if not 0 <= self.ema.weight < 1:
             raise ConfigError(f"ema.weight is {self.ema.weight}; it is the share of the old average kept, in [0, 1)")
+
+    def _check_data(self) -> None:
+        data = self.data
+        if data.kind != "puppet" and data.path is None:
+            raise ConfigError(f"data.kind is {data.kind}, but data.path does not say where they are; set data.path")
+        if data.kind == "puppet" and data.path is not None:
+            raise ConfigError(
+                f"data.path is {data.path}, but data.kind is puppet, which reads no files; set data.kind to prompts, "
+                "videos, latents or ode_pairs"
+            )
+        if data.text_cache and data.kind == "puppet":
+            raise ConfigError(
+                "data.text_cache is set, but data.kind is puppet, whose captions are new in every step; leave it out"
+            )
+        if data.text_cache and self.train_text_encoder:
+            raise ConfigError(
+                "data.text_cache is set and train_text_encoder is true, but a cache knows the encoder as it was; "
+                "set one of them"
+            )
 
     def _check_blocks(self, name: str) -> None:
         frames, block = getattr(self, name), self.num_frame_per_block

@@ -49,6 +49,13 @@ def test_a_resumed_run_takes_the_average_up_again(tmp_path: Path, folders):
         assert torch.equal(parameter, saved[f"student/ema/generator.{name}"])
 
 
+def test_the_held_out_error_is_told_beside_samples(tmp_path: Path, folders):
+    make_student(ConsistencyTrainer, tmp_path, folders, *causal(folders), "max_steps=1").train(save=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval/loss"] >= 0
+    assert (tmp_path / "samples" / "step_000001.png").stat().st_size > 1000
+
+
 def test_a_config_of_another_stage_is_refused(tmp_path: Path, folders):
     with pytest.raises(ConfigError, match="the consistency trainer makes a causal few-step model; set causal: true"):
         make_student(ConsistencyTrainer, tmp_path, folders, "denoising_step_list=null")

@@ -136,6 +136,6 @@ def test_settings_that_cannot_work(tmp_path: Path, vae_folder: Path):
     with pytest.raises(ConfigError, match="square"):
         make_trainer(tmp_path, vae_folder, "max_steps=1", "width=48")
     with pytest.raises(ValueError, match="no multiple"):
-        make_trainer(tmp_path, vae_folder, "max_steps=1", "data.pool_size=7")
+        make_trainer(tmp_path, vae_folder, "max_steps=1", "data.pool_size=7").start()
     with pytest.raises(ValueError, match="teacher_forcing: false"):
         make_trainer(tmp_path, vae_folder, "max_steps=1", "causal=false")

@@ -85,7 +85,7 @@ def test_checkpointing_changes_nothing(loss: str, tmp_path: Path, folders):
 
 def run_on_drawn_data(folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> None:
     trainer = distil(folder, folders, "max_steps=1", *overrides, ranks=ranks)
-    trainer.data = DrawnData()
+    trainer.source.open = DrawnData
     draw = trainer.objective.generate.pipeline.draw_exit_steps
     exits = []
     trainer.objective.generate.pipeline.draw_exit_steps = lambda *args: exits.append(draw(*args)) or exits[-1]

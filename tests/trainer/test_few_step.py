@@ -74,7 +74,7 @@ STRATEGIES = ["no_shard", "full"]
 
 def on_drawn_data(name: str, folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> None:
     trainer = make(name, folder, folders, "max_steps=1", *overrides, ranks=ranks)
-    trainer.data = DrawnData()
+    trainer.source.open = DrawnData
     trainer.train(visualize=False)
 
 

@@ -1,0 +1,175 @@
+"""Which data a run learns from, by `data.kind`, and how its words reach the network."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.config import Config, ConfigError
+from utils.dataset import Samples, TrainingData
+from utils.distributed import Ranks
+from utils.fingerprint import fingerprint
+from utils.latent_folder import LatentFolder
+from utils.prompts import read_prompts
+from utils.puppet_latents import PuppetLatents
+from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
+from utils.text_dataset import PuppetCaptions, TextDataset
+from utils.video_folder import ClipShape, about, encode_videos
+from utils.wan_wrapper import WanVAEWrapper
+from wan.configs import VAE_FILES, find_model_file
+from wan.modules.text_encoder import TextTokenizer
+from wan.modules.vae import WanVAE
+from world.captions import captions
+from world.puppet import sample_scenes
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_SCENES_FROM = 32  # the first held-out scene that contact sheets show
+
+
+class DataSource:
+    """Opens what `data.kind` names. Nothing is read, encoded or embedded before `open`: an export needs no data."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        tokenizer: TextTokenizer,
+        encoder: TextEncoderFiles | None,
+        *,
+        vae: WanVAE,
+        vae_folder: Path,
+        dtype: torch.dtype,
+        needs_latents: bool,
+    ):
+        """encoder: what fills data.text_cache, if set. vae: makes latents of `dtype`; its file is in vae_folder.
+
+        needs_latents: whether the objective learns from clips; else words will do.
+        """
+        if needs_latents and config.data.kind == "prompts":
+            raise ConfigError(
+                "data.kind is prompts, but this objective learns from clips; set data.kind to puppet, videos or latents"
+            )
+        if needs_latents and config.data.kind == "puppet" and config.height != config.width:
+            raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
+        self.config, self.ranks, self.vae, self.vae_folder, self.dtype = config, ranks, vae, vae_folder, dtype
+        self.tokenizer, self.encoder, self.needs_latents = tokenizer, encoder, needs_latents
+        self.cache: TextCache | None = None
+        self.prompts: list[str] | None = None  # of the data, where they are a list
+        total = config.total_batch_size or config.batch_size * ranks.size
+        self.walk = {"seed": config.seed, "samples_per_step": total}
+
+    def open(self) -> TrainingData:
+        """The training data, after making what its caches of latents and words lack; all ranks call this together."""
+        config, settings = self.config, self.config.data
+        if settings.kind == "videos":
+            fill_latent_cache(config, self.vae_folder, self.ranks, self.dtype)
+        data = self._open("train")
+        self.prompts = getattr(data, "prompts", None)
+        if settings.text_cache:
+            wanted = [config.negative_prompt, *self.prompts, *self.sample_prompts(len(self.prompts))]
+            fill_text_cache(settings.text_cache, wanted, self.encoder, self.ranks)
+            self.cache = TextCache(settings.text_cache, self.encoder.text_len, self.ranks.device)
+        return data
+
+    def open_heldout(self, num_samples: int) -> TrainingData | None:
+        """Data that training never sees, on any rank the same; None where there is none."""
+        settings = self.config.data
+        if settings.kind == "puppet":
+            whole_chunks = -(-num_samples // settings.encode_batch_size) * settings.encode_batch_size
+            return self._puppets("heldout", 0, whole_chunks, whole_chunks)
+        if settings.kind == "prompts":
+            return None
+        data = self._open("heldout")
+        return data if data.clips else None
+
+    def words(self, prompts: Sequence[str]) -> Samples:
+        """Prompts as the trainer takes them: embeddings of the cache, or tokens."""
+        if self.cache is not None:
+            return self.cache(prompts)
+        ids, mask = self.tokenizer(list(prompts))
+        return Samples(ids.to(self.ranks.device), mask.to(self.ranks.device))
+
+    def sample_prompts(self, count: int) -> list[str]:
+        """At most so many prompts for contact sheets, the same ones all through a run."""
+        config = self.config
+        if config.data.sample_prompts:
+            return [prompt.text for prompt in read_prompts(config.data.sample_prompts)][:count]
+        if self.prompts is not None:
+            return self.prompts[:count]
+        return captions(sample_scenes(count, config.seed, "heldout", start=SAMPLE_SCENES_FROM), config.seed, full=True)
+
+    def _open(self, split: str) -> TrainingData:
+        config, settings = self.config, self.config.data
+        if settings.kind == "prompts":
+            return TextDataset.from_file(settings.path, self.words, extended_path=settings.extended_path, **self.walk)
+        if settings.kind == "puppet" and not self.needs_latents:
+            return PuppetCaptions(self.words, **self.walk, split=split)
+        if settings.kind == "puppet":
+            return self._puppets(split, self.ranks.rank, settings.pool_size, settings.min_fill)
+        return LatentFolder(
+            settings.path if settings.kind == "latents" else latent_cache(config),
+            self.words,
+            expected=latents_about(config, self.vae_folder),
+            num_latent_frames=config.num_training_frames,
+            device=self.ranks.device,
+            dtype=self.dtype,
+            split=split,
+            num_heldout=settings.num_eval_clips,
+            **self.walk,
+        )
+
+    def _puppets(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:
+        config = self.config
+        return PuppetLatents(
+            lambda pixels: self.vae.encode(pixels.transpose(1, 2).to(self.dtype)).transpose(1, 2),
+            self.tokenizer,
+            seed=config.seed,
+            rank=rank,
+            num_latent_frames=config.num_training_frames,
+            size=config.height,
+            pool_size=pool_size,
+            min_fill=min_fill,
+            refresh_per_step=config.data.refresh_per_step,
+            chunk_size=config.data.encode_batch_size,
+            device=self.ranks.device,
+            dtype=self.dtype,
+            split=split,
+        )
+
+
+def latent_cache(config: Config) -> Path:
+    """Where the latents of a folder of videos lie."""
+    return Path(config.data.latent_cache or Path(config.data.path) / "latents")
+
+
+def latents_about(config: Config, vae_folder: Path) -> dict[str, Any]:
+    """What latents must have been made with to be this run's; their clips may be longer."""
+    wanted = about(_clip_shape(config), vae_fingerprint(vae_folder))
+    del wanted["num_frames"]
+    return wanted
+
+
+def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Encode the videos in data.path that data.latent_cache lacks, each rank its share."""
+    vae = WanVAEWrapper(str(vae_folder), device=ranks.device, dtype=dtype)
+    encode_videos(
+        config.data.path,
+        latent_cache(config),
+        vae.encode_to_latent,
+        _clip_shape(config),
+        vae=vae_fingerprint(vae_folder),
+        ranks=ranks,
+        skip=config.data.skip_broken,
+    )
+
+
+def vae_fingerprint(folder: Path) -> str:
+    weights = find_model_file(folder, VAE_FILES)
+    return fingerprint(*(file for file in (weights, weights.with_suffix(".json")) if file.is_file()))
+
+
+def _clip_shape(config: Config) -> ClipShape:
+    return ClipShape(config.height, config.width, config.fps, config.num_training_frames)
