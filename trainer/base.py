@@ -253,10 +253,10 @@ class Trainer(ABC):
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Every player's module speaks with its EMA inside."""
+        """Every player's module that has an EMA speaks with it inside."""
         with contextlib.ExitStack() as stack:
-            for learner in self.learners:
-                stack.enter_context(learner.ema.swapped_in())
+            for ema in (learner.ema for learner in self.learners if learner.ema is not None):
+                stack.enter_context(ema.swapped_in())
             yield
 
     # --- what is kept ---
