@@ -1,7 +1,8 @@
 """What a person's mistake looks like at the doors: one sentence on stderr and a non-zero exit, never a traceback.
 
 Mistakes reach the entrances as ValueError (ConfigError among them), OSError (wrong path, no permission, disk full),
-FloatingPointError (a run that diverged), MissingPackageError or a failed allocation. Everything else is our own mistake and keeps its traceback.
+FloatingPointError (a run that diverged), MissingPackageError or a failed allocation. Everything else is our own mistake
+and keeps its traceback.
 """
 
 import functools
