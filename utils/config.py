@@ -254,6 +254,7 @@ class Config:
     gradient_checkpointing: bool = False
     sharding_strategy: Literal["hybrid_full", "full", "no_shard"] = "hybrid_full"  # hybrid: copies per group of GPUs
     sharding_group_size: int | None = None  # hybrid_full: GPUs that hold one copy together; None: those of a node
+    heartbeat_seconds: float = 45.0  # a rank silent for so long is taken for dead and the others stop; 0: they wait
     cpu_offload: bool = False  # sharded weights, gradients and moments lie in main memory
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
