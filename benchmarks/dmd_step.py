@@ -76,7 +76,7 @@ class DMDStep(ScoreDistillationTrainer):
             network.model.compile_blocks()
         return network.requires_grad_(True)
 
-    def build_score(self, model_name: str, checkpoint: str | None, dtype: torch.dtype) -> WanDiffusionWrapper:
+    def build_helper(self, model_name: str, checkpoint: str | None, *, dtype=torch.float32, **_) -> WanDiffusionWrapper:
         return self.build_network(model_name, dtype=dtype, timestep_shift=self.config.timestep_shift)
 
     def step_that_exits_at(self, exit_step: int, stream: int) -> Rngs:

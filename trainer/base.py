@@ -148,7 +148,7 @@ class Trainer(ABC):
             with self.only(learner):
                 with self.autocast():
                     loss, details = player.loss(self.prepare(sample_rngs), sample_rngs)
-                learner.backward(loss / self.num_passes, is_last=samples == passes[-1])
+                learner.backward(loss / self.num_passes, samples, is_last=samples == passes[-1])
             for name, value in {"loss": loss.detach(), **details}.items():
                 metrics[f"{player.name}/{name}"] = metrics.get(f"{player.name}/{name}", 0) + value / self.num_passes
         return {**metrics, f"{player.name}/grad_norm": learner.step(self.step, self.progress())}
