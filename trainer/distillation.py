@@ -42,8 +42,9 @@ class ScoreDistillationTrainer(LatentTrainer):
         return self.config.num_training_frames - self.config.distillation.num_input_frames
 
     @property
-    def needs_latents(self) -> bool:
-        return self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
+    def learns_from(self) -> str:
+        needs_clips = self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
+        return "clips" if needs_clips else "words"
 
     def make_players(self) -> list[Player]:
         config, settings = self.config, self.config.distillation
