@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.conditioning import Conditioning
+from utils.dataset import upload
 from utils.distributed import SampleRngs
 
 
@@ -67,7 +68,7 @@ def block_timesteps(
 ) -> Tensor:
     """One of a sampler's `timesteps` for every block, drawn evenly: float32 [B, F]."""
     blocks = num_blocks(num_frames, num_frame_per_block, independent_first_frame)
-    times = torch.tensor(timesteps, dtype=torch.float32).to(rngs.device, non_blocking=True)
+    times = upload(torch.tensor(timesteps, dtype=torch.float32), rngs.device)
     drawn = times[(rngs.rand(blocks) * len(timesteps)).long()]
     return block_values(drawn, num_frame_per_block, independent_first_frame)
 

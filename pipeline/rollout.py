@@ -140,6 +140,7 @@ def remember(
     draw: Callable[[torch.Size], Tensor] | None = None,
 ) -> None:
     """Keys and values of a finished block: one pass at its final noise level. No gradient flows back."""
+    latents = latents.detach()
     if context_noise and not block.given:
         latents = generator.scheduler.add_noise(latents, draw(latents.shape), context_noise)
     for path in paths:

@@ -23,7 +23,9 @@ class Learner:
         self.player, self.name, self.sharding = player, player.name, sharding
         self.settings = optimizer_settings(config, player.is_critic)
         self.parameters = LocalParameters(player.module)
-        self.ema = EMA(self.parameters.tensors, config.ema.weight, config.ema.start_step)
+        self.ema: EMA | None = None  # nobody asks a critic of days gone by
+        if not player.is_critic:
+            self.ema = EMA(self.parameters.tensors, config.ema.weight, config.ema.start_step)
         self.watch = GradientWatch(player.name, self.parameters, self.settings.max_grad_norm, sharding)
         self.optimizer = torch.optim.AdamW(
             self.parameters.tensors.values(),
@@ -34,8 +36,9 @@ class Learner:
             fused=True,
         )
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add one pass to the gradients; is_last: of this step, after which copies of the network agree."""
+    def backward(self, loss: Tensor, samples: range, *, is_last: bool) -> None:
+        """Add one pass over samples of the step; is_last: of this step, after which copies of the network agree."""
+        self.watch.see(loss, samples)
         defer_all_reduce(self.player.module, not is_last)
         loss.backward()
 
@@ -49,17 +52,26 @@ class Learner:
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip  # the fused kernel skips the step itself
         self.optimizer.step()
         self.parameters.zero_grad()
-        self.ema.update(step)
+        if self.ema is not None:
+            self.ema.update(step)
         return norm
 
     # --- what is kept ---
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        return {} if self.ema is None else self.ema.average
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("weights",) if self.ema is None else ("weights", "ema")
 
     def state(self) -> dict[str, Tensor]:
         """This rank's parts by name, not copied: weights, averages, and the optimizer's moments once it has stepped."""
         state: dict[str, Tensor] = {}
         for name, part in self.parameters.tensors.items():
             state[f"{self.name}/weights/{name}"] = part.detach()
-        for name, part in self.ema.average.items():
+        for name, part in self.averages.items():
             state[f"{self.name}/ema/{name}"] = part
         for name, part in self.parameters.tensors.items():
             for kind, value in self.optimizer.state[part].items():
@@ -75,10 +87,10 @@ class Learner:
         raise KeyError(key)
 
     def expected(self) -> dict[str, Tensor]:
-        """Entries that every state of this player has, as whole tensors without memory: weights and averages."""
+        """Entries that every state of this player has, as whole tensors without memory: weights, averages if any."""
         return {
             f"{self.name}/{kind}/{name}": torch.empty(source.shape, device="meta")
-            for kind in ("weights", "ema")
+            for kind in self.kinds
             for name, source in self.parameters.sources.items()
         }
 
@@ -87,7 +99,7 @@ class Learner:
         targets = {}
         for name, source in self.parameters.sources.items():
             part = torch.empty_like(self.parameters.tensors[name], device="cpu", requires_grad=False)
-            keys = {f"{self.name}/{kind}/{name}": part for kind in ("weights", "ema")}
+            keys = {f"{self.name}/{kind}/{name}": part for kind in self.kinds}
             keys |= {f"{self.name}/optimizer/{kind}/{name}": part for kind in MOMENTS[1:]}
             keys |= {f"{self.name}/optimizer/step/{name}": torch.zeros(())}
             targets |= {key: dress(torch.empty_like(t), source) for key, t in keys.items() if key in stored}
@@ -103,4 +115,5 @@ class Learner:
                 if value is not None:  # the fused kernel walks memory: moments must lie as their parameter does
                     like = parameter if value.dim() else value.to(parameter.device)
                     self.optimizer.state[parameter][kind] = torch.empty_like(like, requires_grad=False).copy_(value)
-        self.ema.load_state_dict({name: parts[f"{self.name}/ema/{name}"] for name in self.parameters.tensors})
+        if self.ema is not None:
+            self.ema.load_state_dict({name: parts[f"{self.name}/ema/{name}"] for name in self.parameters.tensors})

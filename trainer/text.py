@@ -18,6 +18,7 @@ from model.base import Player
 from trainer.base import Trainer
 from utils.config import ConfigError
 from utils.distributed import SampleRngs, barrier, mix_seed
+from utils.training_state import has_training_state
 from wan.configs import TEXT_ENCODER_FILES, TOKENIZER_FOLDERS, WAN_CONFIGS
 from wan.modules.text_encoder import TextTokenizer, encode, new_umt5, save_umt5
 from world.captions import captions
@@ -79,9 +80,9 @@ class TextTrainer(Trainer):
                 f"{wanted.text_dim}; set text_encoder.d_model={wanted.text_dim}"
             )
         folder = self.run_dir / "export" / TOKENIZER_FOLDERS[0]
-        if self.ranks.is_main and not folder.is_dir():
+        if self.ranks.is_main and not has_training_state(self.run_dir):
             if config.data.tokenizer_folder:
-                shutil.copytree(config.data.tokenizer_folder, folder)
+                shutil.copytree(config.data.tokenizer_folder, folder, dirs_exist_ok=True)
             else:
                 train_tokenizer(folder, max_length=wanted.text_len)
         barrier(self.ranks)

@@ -69,17 +69,20 @@ def damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} is damaged ({reason}); delete {folder} to resume from the state before it")
 
 
-def open_training_state(run_dir: str | Path) -> StoredState | None:
-    """The newest whole state of a run, unread; None when there is none. ValueError for a damaged one."""
-    folders = state_folders(run_dir)
+def open_training_state(run_dir: str | Path, name: str | None = None) -> StoredState | None:
+    """The newest state of a run, or the one of that folder name, unread; None when there is none.
+
+    ValueError for a damaged one.
+    """
+    folders = [folder for folder in state_folders(run_dir) if name in (None, folder.name)]
     if not folders:
         return None
     return _open_whole(folders[-1]) if (folders[-1] / FACTS).is_file() else _open_compact(folders[-1])
 
 
-def load_training_state(run_dir: str | Path) -> TrainingState | None:
-    """The newest whole state of a run, on the CPU; None when there is none."""
-    stored = open_training_state(run_dir)
+def load_training_state(run_dir: str | Path, name: str | None = None) -> TrainingState | None:
+    """As `open_training_state`, read, on the CPU."""
+    stored = open_training_state(run_dir, name)
     if stored is None:
         return None
     tensors = {name: torch.empty_like(shape, device="cpu") for name, shape in stored.shapes.items()}

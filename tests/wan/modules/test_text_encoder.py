@@ -63,6 +63,17 @@ def test_a_new_encoder_comes_back_from_disk(golden, tmp_path):
     assert model.config.dropout_rate == 0
 
 
+def test_a_new_encoder_looks_at_neighbours_first():
+    """Near tokens weigh more than far ones, on both sides, in the first head most; no head is blind to any distance."""
+    for block in new_umt5(**SIZES).encoder.block:
+        attention = block.layer[0].SelfAttention
+        bias = attention.compute_bias(9, 9)[0, :, 4]  # [heads, 9]: what the middle token adds to its scores
+        assert torch.equal(bias, bias.flip(1))
+        assert (bias[:, 4:].diff(dim=1) < 0).all()
+        assert (bias[:-1, 8] < bias[1:, 8]).all()
+        assert bias.isfinite().all()
+
+
 def test_gradient_flows_from_real_rows_only(golden, weight_file):
     model = load_umt5(weight_file, dtype=torch.float32).requires_grad_(True)
     ids, mask = golden["masked.ids"], golden["masked.mask"]
@@ -79,6 +90,7 @@ def test_padding_does_not_matter(golden, weight_file):
     embeds = encode(model, *wide)
     assert embeds.shape == (2, 64, 32)
     torch.testing.assert_close(embeds[:, :24], encode(model, ids, mask), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(encode(model, *wide, longest=64), embeds, atol=1e-6, rtol=1e-6)
     assert (encode(model, ids[:1], torch.zeros_like(mask[:1])) == 0).all()
 
 

@@ -1,0 +1,25 @@
+"""benchmarks/kill_resume.py in small: two kills, one of them while saving; the committed figures are of fifty."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_killed_run_is_the_run(tmp_path: Path):
+    command = [sys.executable, "benchmarks/kill_resume.py", "--kills", "2", "--output", str(tmp_path / "kills.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "kills.json").read_text())
+    assert result["lost"] == 0
+    assert result["kills"] == 2
+    assert result["most_steps_redone"] <= 2 * result["save_every_steps"]
+
+
+def test_the_committed_figures():
+    result = json.loads((ROOT / "benchmarks" / "results" / "kill_resume.json").read_text())
+    assert result["kills"] >= 50
+    assert result["kills_while_saving"] > 0
+    assert result["lost"] == 0
