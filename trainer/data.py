@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 
+from pipeline.samplers import few_step_times
 from utils.config import Config, ConfigError
 from utils.dataset import Samples, TrainingData
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
-from utils.latent_folder import LatentFolder
+from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
+from utils.scheduler import FlowMatchScheduler
+from utils.shards import read_items
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
-from utils.video_folder import ClipShape, about, encode_videos
+from utils.video_folder import ClipShape, about, encode_videos, scan_videos
 from utils.wan_wrapper import WanVAEWrapper
-from wan.configs import VAE_FILES, find_model_file
+from wan.configs import VAE_FILES, find_model_file, find_model_folder
 from wan.modules.text_encoder import TextTokenizer
 from wan.modules.vae import WanVAE
 from world.captions import captions
@@ -27,6 +30,13 @@ from world.puppet import sample_scenes
 logger = logging.getLogger(__name__)
 
 SAMPLE_SCENES_FROM = 32  # the first held-out scene that contact sheets show
+
+# What an objective can learn from -> the kinds of data that hold it.
+KINDS = {
+    "clips": ("puppet", "videos", "latents"),
+    "words": ("puppet", "prompts", "videos", "latents"),
+    "trajectories": ("ode_pairs",),
+}
 
 
 class DataSource:
@@ -42,20 +52,22 @@ class DataSource:
         vae: WanVAE,
         vae_folder: Path,
         dtype: torch.dtype,
-        needs_latents: bool,
+        learns_from: str,
     ):
         """encoder: what fills data.text_cache, if set. vae: makes latents of `dtype`; its file is in vae_folder.
 
-        needs_latents: whether the objective learns from clips; else words will do.
+        learns_from: what the objective needs, a key of KINDS.
         """
-        if needs_latents and config.data.kind == "prompts":
+        kind = config.data.kind
+        if kind not in KINDS[learns_from]:
             raise ConfigError(
-                "data.kind is prompts, but this objective learns from clips; set data.kind to puppet, videos or latents"
+                f"data.kind is {kind}, but this objective learns from {learns_from}; set data.kind to "
+                f"{' or '.join(KINDS[learns_from])}"
             )
-        if needs_latents and config.data.kind == "puppet" and config.height != config.width:
+        if kind == "puppet" and learns_from == "clips" and config.height != config.width:
             raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
         self.config, self.ranks, self.vae, self.vae_folder, self.dtype = config, ranks, vae, vae_folder, dtype
-        self.tokenizer, self.encoder, self.needs_latents = tokenizer, encoder, needs_latents
+        self.tokenizer, self.encoder, self.learns_from = tokenizer, encoder, learns_from
         self.cache: TextCache | None = None
         self.prompts: list[str] | None = None  # of the data, where they are a list
         total = config.total_batch_size or config.batch_size * ranks.size
@@ -69,8 +81,7 @@ class DataSource:
         data = self._open("train")
         self.prompts = getattr(data, "prompts", None)
         if settings.text_cache:
-            wanted = [config.negative_prompt, *self.prompts, *self.sample_prompts(len(self.prompts))]
-            fill_text_cache(settings.text_cache, wanted, self.encoder, self.ranks)
+            fill_text_cache(settings.text_cache, run_prompts(config), self.encoder, self.ranks)
             self.cache = TextCache(settings.text_cache, self.encoder.text_len, self.ranks.device)
         return data
 
@@ -105,14 +116,20 @@ class DataSource:
         config, settings = self.config, self.config.data
         if settings.kind == "prompts":
             return TextDataset.from_file(settings.path, self.words, extended_path=settings.extended_path, **self.walk)
-        if settings.kind == "puppet" and not self.needs_latents:
+        if settings.kind == "puppet" and self.learns_from == "words":
             return PuppetCaptions(self.words, **self.walk, split=split)
         if settings.kind == "puppet":
             return self._puppets(split, self.ranks.rank, settings.pool_size, settings.min_fill)
-        return LatentFolder(
-            settings.path if settings.kind == "latents" else latent_cache(config),
+        if settings.kind == "ode_pairs":
+            folder, dataset = Path(settings.path), ODEPairs
+            expected = trajectories_about(config, causal=config.teacher_forcing)
+        else:
+            folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder
+            expected = latents_about(config, self.vae_folder)
+        return dataset(
+            folder,
             self.words,
-            expected=latents_about(config, self.vae_folder),
+            expected=expected,
             num_latent_frames=config.num_training_frames,
             device=self.ranks.device,
             dtype=self.dtype,
@@ -140,6 +157,26 @@ class DataSource:
         )
 
 
+def text_encoder_home(config: Config) -> Path:
+    """The folder whose text encoder a run starts from."""
+    if config.from_scratch and config.data.text_encoder_folder:
+        return Path(config.data.text_encoder_folder)
+    return find_model_folder(config.model_name)
+
+
+def run_prompts(config: Config) -> list[str]:
+    """All that a run on files reads out to its text encoder: its data's prompts, the negative one, those it samples."""
+    settings = config.data
+    if settings.kind == "prompts":
+        prompts = [prompt.text for prompt in read_prompts(settings.path, settings.extended_path)]
+    elif settings.kind == "videos":
+        prompts = [video.prompt for video in scan_videos(settings.path)[0]]
+    else:
+        prompts = [item.row["prompt"] for item in read_items(Path(settings.path))]
+    shown = read_prompts(settings.sample_prompts) if settings.sample_prompts else []
+    return [config.negative_prompt, *prompts, *(prompt.text for prompt in shown)]
+
+
 def latent_cache(config: Config) -> Path:
     """Where the latents of a folder of videos lie."""
     return Path(config.data.latent_cache or Path(config.data.path) / "latents")
@@ -152,8 +189,21 @@ def latents_about(config: Config, vae_folder: Path) -> dict[str, Any]:
     return wanted
 
 
+def trajectories_about(config: Config, *, causal: bool) -> dict[str, Any]:
+    """What a teacher's trajectories must have been made with so that a student of this config can learn from them.
+
+    causal: whether the teacher goes block by block; then its blocks are the student's.
+    """
+    scheduler = FlowMatchScheduler(config.timestep_shift)
+    times = few_step_times(config.denoising_step_list, scheduler, warp=config.warp_denoising_step)
+    wanted = {"kind": ODEPairs.kind, "causal_teacher": causal, "shift": config.timestep_shift, "timesteps": times}
+    if causal:
+        wanted |= {name: getattr(config, name) for name in ("num_frame_per_block", "independent_first_frame")}
+    return wanted | {"height": config.height, "width": config.width}
+
+
 def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Encode the videos in data.path that data.latent_cache lacks, each rank its share."""
+    """Encode the videos in data.path that the latent cache lacks, each rank its share."""
     vae = WanVAEWrapper(str(vae_folder), device=ranks.device, dtype=dtype)
     encode_videos(
         config.data.path,
