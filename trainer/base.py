@@ -124,14 +124,16 @@ class Trainer(ABC):
         settings = self.config.logging
         log_step, log_time = self.step, time.monotonic()
         self.saved_clock = self.clock
+        metrics: dict[str, Tensor] = {}  # the newest since the last report: not every player learns in every step
         while not self.finished():
-            metrics = self.train_step()
+            metrics |= self.train_step()
             self.step += 1
             self.after_step()
             self.look_at_clock()
             last = self.finished()
             if self.step % settings.log_iters == 0 or last:
                 self.report(metrics, (time.monotonic() - log_time) / (self.step - log_step))
+                metrics = {}
                 log_step, log_time = self.step, time.monotonic()
             if save and (last or self.save_is_due()):
                 self.save()
