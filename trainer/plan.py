@@ -121,7 +121,7 @@ def activation_bytes(config: WanConfig, num_tokens: int, *, checkpointing: bool)
 
 
 def _gathered(transformer: WanModel, sharding: Sharding) -> int:
-    """Bytes of a sharded transformer that are whole at a time: a block, the next one coming, and what is around them."""
+    """Bytes of a sharded transformer that are whole at a time: a block, the next one, and what is around them."""
     if not isinstance(transformer, FSDPModule):
         return 0
     size, blocks = (sharding.compute_dtype or torch.float32).itemsize, transformer.blocks
