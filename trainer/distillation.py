@@ -18,8 +18,9 @@ class ScoreDistillationTrainer(FewStepTrainer):
     name = "score_distillation"
 
     @property
-    def needs_latents(self) -> bool:
-        return self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
+    def learns_from(self) -> str:
+        needs_clips = self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
+        return "clips" if needs_clips else "words"
 
     def make_players(self) -> list[Player]:
         config, settings = self.config, self.config.distillation

@@ -54,9 +54,9 @@ class LatentTrainer(Trainer):
     can_shard = True
 
     @property
-    def needs_latents(self) -> bool:
-        """Whether the objective learns from clips, or from words alone."""
-        return True
+    def learns_from(self) -> str:
+        """What the objective needs of its data: clips, words (alone) or trajectories."""
+        return "clips"
 
     def build(self) -> list[Player]:
         config = self.config
@@ -192,7 +192,7 @@ class LatentTrainer(Trainer):
             vae=self.vae,
             vae_folder=self.folder,
             dtype=self.latent_dtype,
-            needs_latents=self.needs_latents,
+            learns_from=self.learns_from,
         )
 
     # --- a step ---
