@@ -99,9 +99,8 @@ def plan_training(
                 add("frozen networks", tensor)
                 seen.add(id(tensor))
     modules = [*(learner.player.module for learner in learners), *helpers]
-    memory["gathered weights"] = max(
-        (_gathered(m, sharding) for module in modules for m in module.modules()), default=0
-    )
+    transformers = {m for module in modules for m in module.modules() if isinstance(m, WanModel)}
+    memory["gathered weights"] = max((_gathered(t, sharding) for t in transformers), default=0)
     memory["activations"] = activations
     gpu, capacity = _gpu(sharding.ranks.device)
     memory, offloaded = ({name: size for name, size in part.items() if size} for part in (memory, offloaded))
