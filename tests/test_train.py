@@ -86,6 +86,26 @@ def test_every_distillation_takes_its_steps(recipe: str, puppets, tmp_path: Path
     assert "student/loss" in metrics and "critic/grad_norm" in metrics
 
 
+REAL_CLIPS = ["data.kind=puppet", "data.path=null", "data.text_cache=null", "generator_ckpt=null", "use_ema=false"]
+REAL_CLIPS += ["distillation.init_ckpt=null", "total_batch_size=null", "optimizer.schedule=constant"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["puppet_diffusion_forcing", "causal_diffusion", "puppet_consistency", "causal_consistency", "puppet_gan"]
+    + ["self_forcing_gan"],
+)
+def test_every_recipe_on_clips_takes_its_steps(recipe: str, puppets, tmp_path: Path):
+    settings = [*DIT, *REAL_CLIPS, f"model_name={puppets['causal']}", "model_kwargs.local_attn_size=3"]
+    settings += ["num_training_frames=6", "gan.discriminator_warmup_steps=0", "sampling_steps=2"]
+    if recipe.endswith("gan"):
+        settings += [f"distillation.fake_name={puppets['teacher']}"]
+    assert run(recipe, tmp_path, *settings) == 0
+    assert (tmp_path / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert "student/loss" in metrics and ("critic/logits_real" in metrics) == recipe.endswith("gan")
+
+
 def test_running_again_resumes(tmp_path: Path):
     assert run("puppet_vae", tmp_path, *VAE) == 0
     assert run("puppet_vae", tmp_path, *VAE, "max_steps=3") == 0
@@ -118,6 +138,13 @@ def test_no_save(tmp_path: Path):
         ),
         (["--config_path", "configs/puppet_dmd.yaml", "distillation.real_name=nobody"], "no model 'nobody'"),
         (["--config_path", "configs/puppet_tiny.yaml", "trainer=score_distillation"], "set max_steps or max_seconds"),
+        (["--config_path", "configs/puppet_tiny.yaml", "trainer=consistancy"], "consistancy"),
+        (["--config_path", "configs/puppet_consistency.yaml", "denoising_step_list=null"], "set causal: true and deno"),
+        (
+            ["--config_path", "configs/puppet_gan.yaml", "data.kind=prompts", "data.path=prompts/puppet_world.txt"],
+            "this objective learns from clips; set data.kind to puppet",
+        ),
+        (["--config_path", "configs/puppet_gan.yaml", "distillation.fake_name=nobody"], "no model 'nobody'"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: Path, capsys):
