@@ -15,6 +15,7 @@ from trainer import TRAINERS
 from utils.config import Config, ConfigError, dump, load_config
 from utils.distributed import Ranks, init_distributed, shutdown
 from utils.errors import plain_errors
+from utils.heartbeat import Heartbeat
 from utils.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = args.logdir or Path("logs") / Path(args.config_path).stem
     tracker = open_tracker(config, ranks, run_dir, args.wandb_save_dir)
     try:
-        TRAINERS[config.trainer](config, ranks, run_dir, tracker).train(
-            save=not args.no_save, visualize=not args.no_visualize
-        )
+        with Heartbeat(ranks, config.heartbeat_seconds):
+            TRAINERS[config.trainer](config, ranks, run_dir, tracker).train(
+                save=not args.no_save, visualize=not args.no_visualize
+            )
     finally:
         if tracker is not None:
             tracker.close()

@@ -57,7 +57,7 @@ class DMDStep(ScoreDistillationTrainer):
 
     def open_data(self) -> None:
         sizes = self.model_config
-        self.data = RandomWords(sizes)
+        self.data, self.negative_words = RandomWords(sizes), Samples()
         self.negative = torch.zeros(1, sizes.text_len, sizes.text_dim, device=self.device)
 
     def build_network(self, model_name: str, checkpoint=None, *, dtype=torch.float32, **options) -> WanDiffusionWrapper:
@@ -76,7 +76,7 @@ class DMDStep(ScoreDistillationTrainer):
             network.model.compile_blocks()
         return network.requires_grad_(True)
 
-    def build_score(self, model_name: str, checkpoint: str | None, dtype: torch.dtype) -> WanDiffusionWrapper:
+    def build_helper(self, model_name: str, checkpoint: str | None, *, dtype=torch.float32, **_) -> WanDiffusionWrapper:
         return self.build_network(model_name, dtype=dtype, timestep_shift=self.config.timestep_shift)
 
     def step_that_exits_at(self, exit_step: int, stream: int) -> Rngs:

@@ -4,16 +4,19 @@ A file that wants them ends with `if __name__ == "__main__": ranks.main(work)` a
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
+GRACE = 6.0
 
 
 def run(file: str, num_ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -24,7 +27,10 @@ def run(file: str, num_ranks: int, *arguments: str, timeout: float = 120) -> sub
 
 
 def main(work: Callable[[list[str]], None]) -> None:
-    """Fork the ranks; each joins a gloo group and does work(arguments). The exit code is the first failure's."""
+    """Fork the ranks; each joins a gloo group and does work(arguments). The exit code is the first failure's.
+
+    After the first failure the others have GRACE seconds to end by themselves.
+    """
     torch.set_num_threads(1)
     num_ranks = int(sys.argv[1])
     with socket.socket() as free:
@@ -34,7 +40,12 @@ def main(work: Callable[[list[str]], None]) -> None:
     processes = [fork.Process(target=_rank, args=(r, num_ranks, port, work)) for r in range(num_ranks)]
     for process in processes:
         process.start()
+    while all(p.exitcode in (None, 0) for p in processes) and any(p.exitcode is None for p in processes):
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], timeout=1)
+    end = time.monotonic() + GRACE
     for process in processes:
+        process.join(max(0, end - time.monotonic()))
+        process.kill()
         process.join()
     sys.exit(next((p.exitcode for p in processes if p.exitcode), 0))
 

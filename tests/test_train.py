@@ -59,6 +59,53 @@ def test_from_nothing_to_a_model_folder(tmp_path: Path, capsys):
     load_vae(tmp_path / "model" / "Wan2.1_VAE.safetensors")
 
 
+@pytest.fixture
+def puppets(tmp_path_factory) -> dict[str, Path]:
+    """Exports of a causal model and of a bidirectional teacher made from it, for the recipes that begin there."""
+    home = tmp_path_factory.getbasetemp() / "puppets"
+    folders = {name: home / name / "export" for name in ("vae", "causal", "teacher")}
+    if not home.is_dir():
+        made = {name: str(path) for name, path in folders.items()}
+        assert run("puppet_vae", home / "vae", *VAE) == 0
+        words = ["train_text_encoder=true", f"data.vae_folder={made['vae']}"]
+        assert run("puppet_diffusion", home / "causal", *DIT, *words) == 0
+        assert run("puppet_teacher", home / "teacher", *DIT, f"model_name={made['causal']}") == 0
+    return folders
+
+
+DISTILLATION = ["num_training_frames=6", "model_kwargs.local_attn_size=3", "denoising_step_list=[1000,500]"]
+
+
+@pytest.mark.parametrize("recipe", ["puppet_dmd", "puppet_sid", "puppet_causvid"])
+def test_every_distillation_takes_its_steps(recipe: str, puppets, tmp_path: Path):
+    models = [f"model_name={puppets['causal']}", f"distillation.real_name={puppets['teacher']}"]
+    assert run(recipe, tmp_path, *DIT, *DISTILLATION, *models) == 0
+    names = [path.name for path in (tmp_path / "export").iterdir()]
+    assert "diffusion_pytorch_model.safetensors" in names and "Wan2.1_VAE.safetensors" in names
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert "student/loss" in metrics and "critic/grad_norm" in metrics
+
+
+REAL_CLIPS = ["data.kind=puppet", "data.path=null", "data.text_cache=null", "generator_ckpt=null", "use_ema=false"]
+REAL_CLIPS += ["distillation.init_ckpt=null", "total_batch_size=null", "optimizer.schedule=constant"]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["puppet_diffusion_forcing", "causal_diffusion", "puppet_consistency", "causal_consistency", "puppet_gan"]
+    + ["self_forcing_gan"],
+)
+def test_every_recipe_on_clips_takes_its_steps(recipe: str, puppets, tmp_path: Path):
+    settings = [*DIT, *REAL_CLIPS, f"model_name={puppets['causal']}", "model_kwargs.local_attn_size=3"]
+    settings += ["num_training_frames=6", "gan.discriminator_warmup_steps=0", "sampling_steps=2"]
+    if recipe.endswith("gan"):
+        settings += [f"distillation.fake_name={puppets['teacher']}"]
+    assert run(recipe, tmp_path, *settings) == 0
+    assert (tmp_path / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert "student/loss" in metrics and ("critic/logits_real" in metrics) == recipe.endswith("gan")
+
+
 def test_running_again_resumes(tmp_path: Path):
     assert run("puppet_vae", tmp_path, *VAE) == 0
     assert run("puppet_vae", tmp_path, *VAE, "max_steps=3") == 0
@@ -85,6 +132,19 @@ def test_no_save(tmp_path: Path):
         (["--config_path", "configs/puppet_vae.yaml", "bach_size=2"], "did you mean 'batch_size'?"),
         (["--config_path", "configs/puppet_vae.yaml", *VAE, "total_batch_size=3"], "no multiple of batch_size"),
         (["--config_path", "configs/puppet_diffusion.yaml", *DIT, "data.vae_folder=nowhere"], "nowhere holds none of"),
+        (
+            ["--config_path", "configs/puppet_dmd.yaml", "denoising_step_list=null"],
+            "set causal: true and denoising_step",
+        ),
+        (["--config_path", "configs/puppet_dmd.yaml", "distillation.real_name=nobody"], "no model 'nobody'"),
+        (["--config_path", "configs/puppet_tiny.yaml", "trainer=score_distillation"], "set max_steps or max_seconds"),
+        (["--config_path", "configs/puppet_tiny.yaml", "trainer=consistancy"], "consistancy"),
+        (["--config_path", "configs/puppet_consistency.yaml", "denoising_step_list=null"], "set causal: true and deno"),
+        (
+            ["--config_path", "configs/puppet_gan.yaml", "data.kind=prompts", "data.path=prompts/puppet_world.txt"],
+            "this objective learns from clips; set data.kind to puppet",
+        ),
+        (["--config_path", "configs/puppet_gan.yaml", "distillation.fake_name=nobody"], "no model 'nobody'"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: Path, capsys):

@@ -1,8 +1,10 @@
 """Recipes of the one loop in `trainer/base.py`: which networks, which data, which objective."""
 
 from trainer.base import Trainer
+from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
+from trainer.gan import GANTrainer
 from trainer.text import TextTrainer
 from trainer.vae import VAETrainer
 
@@ -10,5 +12,7 @@ TRAINERS: dict[str, type[Trainer]] = {
     "vae": VAETrainer,
     "text": TextTrainer,
     "diffusion": DiffusionTrainer,
+    "consistency": ConsistencyTrainer,
     "score_distillation": ScoreDistillationTrainer,
+    "gan": GANTrainer,
 }

@@ -112,14 +112,16 @@ class Trainer(ABC):
         settings = self.config.logging
         log_step, log_time = self.step, time.monotonic()
         self.saved_clock = self.clock
+        metrics: dict[str, Tensor] = {}  # the newest since the last report: not every player learns in every step
         while not self.finished():
-            metrics = self.train_step()
+            metrics |= self.train_step()
             self.step += 1
             self.after_step()
             self.look_at_clock()
             last = self.finished()
             if self.step % settings.log_iters == 0 or last:
                 self.report(metrics, (time.monotonic() - log_time) / (self.step - log_step))
+                metrics = {}
                 log_step, log_time = self.step, time.monotonic()
             if save and (last or self.save_is_due()):
                 self.save()
@@ -148,7 +150,7 @@ class Trainer(ABC):
             with self.only(learner):
                 with self.autocast():
                     loss, details = player.loss(self.prepare(sample_rngs), sample_rngs)
-                learner.backward(loss / self.num_passes, is_last=samples == passes[-1])
+                learner.backward(loss / self.num_passes, samples, is_last=samples == passes[-1])
             for name, value in {"loss": loss.detach(), **details}.items():
                 metrics[f"{player.name}/{name}"] = metrics.get(f"{player.name}/{name}", 0) + value / self.num_passes
         return {**metrics, f"{player.name}/grad_norm": learner.step(self.step, self.progress())}

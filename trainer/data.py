@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from pipeline.samplers import few_step_times
 from utils.config import Config, ConfigError
 from utils.dataset import Samples, TrainingData
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
-from utils.latent_folder import LatentFolder
+from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
+from utils.scheduler import FlowMatchScheduler
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
 from utils.video_folder import ClipShape, about, encode_videos
@@ -27,6 +29,13 @@ from world.puppet import sample_scenes
 logger = logging.getLogger(__name__)
 
 SAMPLE_SCENES_FROM = 32  # the first held-out scene that contact sheets show
+
+# What an objective can learn from -> the kinds of data that hold it.
+KINDS = {
+    "clips": ("puppet", "videos", "latents"),
+    "words": ("puppet", "prompts", "videos", "latents"),
+    "trajectories": ("ode_pairs",),
+}
 
 
 class DataSource:
@@ -42,20 +51,22 @@ class DataSource:
         vae: WanVAE,
         vae_folder: Path,
         dtype: torch.dtype,
-        needs_latents: bool,
+        learns_from: str,
     ):
         """encoder: what fills data.text_cache, if set. vae: makes latents of `dtype`; its file is in vae_folder.
 
-        needs_latents: whether the objective learns from clips; else words will do.
+        learns_from: what the objective needs, a key of KINDS.
         """
-        if needs_latents and config.data.kind == "prompts":
+        kind = config.data.kind
+        if kind not in KINDS[learns_from]:
             raise ConfigError(
-                "data.kind is prompts, but this objective learns from clips; set data.kind to puppet, videos or latents"
+                f"data.kind is {kind}, but this objective learns from {learns_from}; set data.kind to "
+                f"{' or '.join(KINDS[learns_from])}"
             )
-        if needs_latents and config.data.kind == "puppet" and config.height != config.width:
+        if kind == "puppet" and learns_from == "clips" and config.height != config.width:
             raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
         self.config, self.ranks, self.vae, self.vae_folder, self.dtype = config, ranks, vae, vae_folder, dtype
-        self.tokenizer, self.encoder, self.needs_latents = tokenizer, encoder, needs_latents
+        self.tokenizer, self.encoder, self.learns_from = tokenizer, encoder, learns_from
         self.cache: TextCache | None = None
         self.prompts: list[str] | None = None  # of the data, where they are a list
         total = config.total_batch_size or config.batch_size * ranks.size
@@ -105,14 +116,20 @@ class DataSource:
         config, settings = self.config, self.config.data
         if settings.kind == "prompts":
             return TextDataset.from_file(settings.path, self.words, extended_path=settings.extended_path, **self.walk)
-        if settings.kind == "puppet" and not self.needs_latents:
+        if settings.kind == "puppet" and self.learns_from == "words":
             return PuppetCaptions(self.words, **self.walk, split=split)
         if settings.kind == "puppet":
             return self._puppets(split, self.ranks.rank, settings.pool_size, settings.min_fill)
-        return LatentFolder(
-            settings.path if settings.kind == "latents" else latent_cache(config),
+        if settings.kind == "ode_pairs":
+            folder, dataset = Path(settings.path), ODEPairs
+            expected = trajectories_about(config, causal=config.teacher_forcing)
+        else:
+            folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder
+            expected = latents_about(config, self.vae_folder)
+        return dataset(
+            folder,
             self.words,
-            expected=latents_about(config, self.vae_folder),
+            expected=expected,
             num_latent_frames=config.num_training_frames,
             device=self.ranks.device,
             dtype=self.dtype,
@@ -150,6 +167,19 @@ def latents_about(config: Config, vae_folder: Path) -> dict[str, Any]:
     wanted = about(_clip_shape(config), vae_fingerprint(vae_folder))
     del wanted["num_frames"]
     return wanted
+
+
+def trajectories_about(config: Config, *, causal: bool) -> dict[str, Any]:
+    """What a teacher's trajectories must have been made with so that a student of this config can learn from them.
+
+    causal: whether the teacher goes block by block; then its blocks are the student's.
+    """
+    scheduler = FlowMatchScheduler(config.timestep_shift)
+    times = few_step_times(config.denoising_step_list, scheduler, warp=config.warp_denoising_step)
+    wanted = {"kind": ODEPairs.kind, "causal_teacher": causal, "shift": config.timestep_shift, "timesteps": times}
+    if causal:
+        wanted |= {name: getattr(config, name) for name in ("num_frame_per_block", "independent_first_frame")}
+    return wanted | {"height": config.height, "width": config.width}
 
 
 def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> None:

@@ -53,9 +53,9 @@ class LatentTrainer(Trainer):
     can_shard = True
 
     @property
-    def needs_latents(self) -> bool:
-        """Whether the objective learns from clips, or from words alone."""
-        return True
+    def learns_from(self) -> str:
+        """What the objective needs of its data: clips, words (alone) or trajectories."""
+        return "clips"
 
     def build(self) -> list[Player]:
         config = self.config
@@ -191,7 +191,7 @@ class LatentTrainer(Trainer):
             vae=self.vae,
             vae_folder=self.folder,
             dtype=self.latent_dtype,
-            needs_latents=self.needs_latents,
+            learns_from=self.learns_from,
         )
 
     # --- a step ---
@@ -210,7 +210,10 @@ class LatentTrainer(Trainer):
 
     def prepare(self, rngs: SampleRngs) -> Batch:
         drawn = self.data.draw(rngs)
-        dropped = rngs.rand(1) < self.config.data.text_dropout
+        return self.batch(drawn, rngs.rand(1) < self.config.data.text_dropout)
+
+    def batch(self, drawn: Samples, dropped: Tensor | None = None) -> Batch:
+        """Samples as an objective takes them; dropped: see embed_words."""
         return Batch(drawn.latents, Conditioning(self.embed_words(drawn, dropped)))
 
     def embed_words(self, drawn: Samples, dropped: Tensor | None = None) -> Tensor:
@@ -261,7 +264,7 @@ class LatentTrainer(Trainer):
         """Loss of one batch. In shape and with gradient as in training: what was compiled for that serves here too."""
         drawn = self.heldout_data.draw(rngs)
         with self.autocast():
-            value, details = loss(Batch(drawn.latents, Conditioning(self.embed_words(drawn))), rngs)
+            value, details = loss(self.batch(drawn), rngs)
         return {"loss": value.detach(), **details}
 
     @property

@@ -36,8 +36,9 @@ class Learner:
             fused=True,
         )
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add one pass to the gradients; is_last: of this step, after which copies of the network agree."""
+    def backward(self, loss: Tensor, samples: range, *, is_last: bool) -> None:
+        """Add one pass over samples of the step; is_last: of this step, after which copies of the network agree."""
+        self.watch.see(loss, samples)
         defer_all_reduce(self.player.module, not is_last)
         loss.backward()
 

@@ -46,7 +46,15 @@ class GradientWatch:
         self.max_norm, self.group, self.device = max_norm, sharding.group, sharding.ranks.device
         self.is_sharded = torch.tensor([parameters.is_sharded(n) for n in self.names], device=self.device)
         self.num_bad = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=self.device)  # step, parameter
+        self.first_bad = torch.full((3,), -1, dtype=torch.int64, device=self.device)  # step, parameter, pass
+        self.passes: list[range] = []  # samples of this step's passes so far, the same places in every step
+        self.last_passes: list[range] = []
+        self.losses: list[Tensor] = []
+
+    def see(self, loss: Tensor, samples: range) -> None:
+        """Remember the loss of a pass over samples of this step."""
+        self.losses.append(loss.detach())
+        self.passes.append(samples)
 
     @torch.no_grad()
     def clip(self, step: int) -> tuple[Tensor, Tensor]:
@@ -58,9 +66,12 @@ class GradientWatch:
             torch._foreach_mul_(grads, scale.to(device))
         is_bad = ~torch.isfinite(norm)
         culprit = (~torch.isfinite(norms)).to(torch.uint8).argmax()
-        here = torch.stack([torch.full_like(culprit, step), culprit])
+        bad_losses = ~torch.isfinite(torch.stack(self.losses))
+        bad_pass = torch.where(bad_losses.any(), bad_losses.to(torch.uint8).argmax(), -1)
+        here = torch.stack([torch.full_like(culprit, step), culprit, bad_pass])
         self.first_bad = torch.where(is_bad & (self.num_bad == 0), here, self.first_bad)
         self.num_bad += is_bad
+        self.last_passes, self.passes, self.losses = self.passes, [], []
         return norm, is_bad.float()
 
     def gradients(self) -> dict[torch.device, list[Tensor]]:
@@ -92,8 +103,11 @@ class GradientWatch:
         num_bad = int(self.num_bad)
         if num_bad == 0:
             return
-        step, culprit = self.first_bad.tolist()
+        step, culprit, bad_pass = self.first_bad.tolist()
         what = f"step {step}: the gradient of {self.name}.{self.names[culprit]} is not finite"
+        if bad_pass >= 0:
+            samples = self.last_passes[bad_pass]
+            what += f", nor is the loss of samples {samples.start} to {samples.stop - 1} of that step"
         if num_bad > MAX_BAD_STEPS:
             raise FloatingPointError(
                 f"{what}, and {num_bad - 1} steps after it; weights and checkpoint are those before it: "

@@ -127,7 +127,7 @@ class TextEncoderConfig:
 
 @dataclass
 class DistillationConfig:
-    """Score distillation: a few-step student, judged by a frozen teacher (real score) and a critic (fake score)."""
+    """A few-step student, its frozen teacher (real score), and a critic (fake score) that learns what it makes."""
 
     init_ckpt: str | None = None  # generator that training starts from; None: generator_ckpt
     real_name: str | None = None  # model folder of the bidirectional teacher; None: that of model_name
@@ -147,6 +147,30 @@ class DistillationConfig:
     last_step_only: bool = False  # which is always the last
     num_grad_frames: int = 21  # latents the scores see: the last ones of longer rollouts (num_training_frames)
     num_input_frames: int = 0  # latents of a real clip that rollouts go on from; 1: image to video
+
+
+@dataclass
+class ConsistencyConfig:
+    """Causal consistency distillation; its teacher is distillation.real_name."""
+
+    causal_teacher: bool = True  # the teacher looks back only, as the student; False: it is bidirectional
+    solver_steps: int = 48  # of the teacher from noise to clean: the student's neighbours lie one of them apart
+
+
+@dataclass
+class GanConfig:
+    """Adversarial distillation; its discriminator starts as distillation.fake_name."""
+
+    relativistic: bool = True  # judge pairs of a real and a made clip by their difference
+    g_weight: float = 1e-2  # of the generator's loss
+    d_weight: float = 1e-2  # of the discriminator's
+    r1_weight: float = 0.0  # of half the discriminator's squared slope at real clips
+    r2_weight: float = 0.0  # ... and at made ones
+    r1_sigma: float = 0.01  # length of the step that measures the slope; at least 0.1 in bfloat16
+    r2_sigma: float = 0.01
+    denoising_weight: float = 0.0  # of the critic's own denoising loss on made clips; 0: it only judges
+    concat_time_embeddings: bool = False  # the head is told the noise level
+    discriminator_warmup_steps: int = 0  # steps before the generator starts to learn
 
 
 @dataclass
@@ -177,7 +201,7 @@ class Config:
     """The page. Defaults are those of the embedded puppet model."""
 
     # --- who ---
-    trainer: Literal["vae", "text", "diffusion", "ode", "score_distillation", "gan"] = "diffusion"
+    trainer: Literal["vae", "text", "diffusion", "ode", "consistency", "score_distillation", "gan"] = "diffusion"
     distribution_loss: Literal["dmd", "sid", "causvid"] = "dmd"  # read by score distillation only
     model_name: str = "puppet-tiny"  # a folder in wan_models/ and a key of WAN_CONFIGS
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
@@ -231,6 +255,7 @@ class Config:
     gradient_checkpointing: bool = False
     sharding_strategy: Literal["hybrid_full", "full", "no_shard"] = "hybrid_full"  # hybrid: copies per group of GPUs
     sharding_group_size: int | None = None  # hybrid_full: GPUs that hold one copy together; None: those of a node
+    heartbeat_seconds: float = 45.0  # a rank silent for so long is taken for dead and the others stop; 0: they wait
     cpu_offload: bool = False  # sharded weights, gradients and moments lie in main memory
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
@@ -239,6 +264,8 @@ class Config:
     vae: VaeConfig = field(default_factory=VaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -1,7 +1,8 @@
 """What a person's mistake looks like at the doors: one sentence on stderr and a non-zero exit, never a traceback.
 
 Mistakes reach the entrances as ValueError (ConfigError among them), OSError (wrong path, no permission, disk full),
-MissingPackageError or a failed allocation. Everything else is our own mistake and keeps its traceback.
+FloatingPointError (a run that diverged), MissingPackageError or a failed allocation. Everything else is our own mistake
+and keeps its traceback.
 """
 
 import functools
@@ -37,7 +38,7 @@ def user_message(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ValueError, OSError, MissingPackageError)):
+    if isinstance(error, (ValueError, OSError, FloatingPointError, MissingPackageError)):
         return " ".join(str(error).split()) or type(error).__name__
     return None
 

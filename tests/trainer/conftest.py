@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.toy import ALONE, SIZES, small_tokenizer
+from tests.trainer.toy import ALONE, SIZES, make, small_tokenizer
+from trainer.diffusion import DiffusionTrainer
 from trainer.vae import VAETrainer
 from utils.config import load_config
 from wan.configs import WAN_CONFIGS
@@ -29,3 +30,16 @@ def toy_sizes(monkeypatch):
     monkeypatch.setattr("trainer.latents.NUM_SAMPLES", 1)
     monkeypatch.setattr("trainer.latents.NUM_EVAL_SAMPLES", 2)
     monkeypatch.setattr("trainer.latents.train_tokenizer", small_tokenizer)
+
+
+@pytest.fixture
+def folders(tmp_path_factory, vae_folder: Path, toy_sizes) -> tuple[Path, Path]:
+    """A causal model with a text encoder, and a bidirectional teacher of the same words."""
+    home = tmp_path_factory.getbasetemp() / "distillation"
+    causal, teacher = home / "causal", home / "teacher"
+    if not home.is_dir():
+        make(DiffusionTrainer, causal, vae_folder, "max_steps=2").train(visualize=False)
+        words = f"data.text_encoder_folder={causal / 'export'}"
+        bidirectional = ["causal=false", "teacher_forcing=false", "train_text_encoder=false", words, "max_steps=2"]
+        make(DiffusionTrainer, teacher, vae_folder, *bidirectional).train(visualize=False)
+    return causal / "export", teacher / "export"

@@ -26,7 +26,7 @@ class WordsTrainer(DiffusionTrainer):
     """An objective that makes its own clips."""
 
     name = "diffusion"
-    needs_latents = False
+    learns_from = "words"
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +144,7 @@ def test_words_alone(tmp_path, vae_folder):
     trainer.start()
     assert trainer.data.prompts == CAPTIONS
     assert trainer.held_out(trainer.objective.loss) == {}
-    with pytest.raises(ConfigError, match="data.kind is prompts, but this objective learns from clips; set data.kind"):
+    with pytest.raises(ConfigError, match="learns from clips; set data.kind to puppet or videos"):
         make(DiffusionTrainer, tmp_path / "c", vae_folder, *settings)
 
 

@@ -11,17 +11,14 @@ import pytest
 import torch
 
 from pipeline.build import build_pipeline
-from tests.trainer.toy import ALONE, SIZES, make, state
+from tests.trainer.toy import ALONE, DrawnData, make, make_student, state
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from utils.config import ConfigError, load_config
-from utils.dataset import Samples, TrainingData
-from utils.distributed import Ranks, SampleRngs, init_distributed, shutdown
+from utils.distributed import Ranks, init_distributed, shutdown
 
 pytestmark = pytest.mark.usefixtures("toy_sizes")
 
-FEW_STEPS = ["from_scratch=false", "train_text_encoder=false", "denoising_step_list=[1000,500]"]
-FEW_STEPS += ["distillation.dfake_gen_update_ratio=2", "optimizer.lr=1e-3", "data.min_fill=2", "max_steps=3"]
 MODES = {
     "dmd": [],
     "dmd by exit step": ["distillation.ts_schedule=true", "distillation.ts_schedule_max=true"],
@@ -38,23 +35,8 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def folders(tmp_path_factory, vae_folder: Path, toy_sizes) -> tuple[Path, Path]:
-    """A causal model with a text encoder, and a bidirectional teacher of the same words."""
-    home = tmp_path_factory.getbasetemp() / "distillation"
-    causal, teacher = home / "causal", home / "teacher"
-    if not home.is_dir():
-        make(DiffusionTrainer, causal, vae_folder, "max_steps=2").train(visualize=False)
-        words = f"data.text_encoder_folder={causal / 'export'}"
-        bidirectional = ["causal=false", "teacher_forcing=false", "train_text_encoder=false", words, "max_steps=2"]
-        make(DiffusionTrainer, teacher, vae_folder, *bidirectional).train(visualize=False)
-    return causal / "export", teacher / "export"
-
-
 def distil(folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> ScoreDistillationTrainer:
-    causal, teacher = folders
-    names = [f"model_name={causal}", f"distillation.real_name={teacher}"]
-    return make(ScoreDistillationTrainer, folder, causal, *FEW_STEPS, *names, *overrides, ranks=ranks)
+    return make_student(ScoreDistillationTrainer, folder, folders, *overrides, ranks=ranks)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -101,16 +83,9 @@ def test_checkpointing_changes_nothing(loss: str, tmp_path: Path, folders):
     assert all(torch.equal(on[name], off[name]) for name in on)
 
 
-class DrawnData(TrainingData):
-    """Latents and prompt embeddings that are a function of the sample, whoever draws it."""
-
-    def draw(self, rngs: SampleRngs) -> Samples:
-        return Samples(prompt_embeds=rngs.randn(SIZES.text_len, SIZES.text_dim), latents=rngs.randn(6, 4, 4, 4))
-
-
 def run_on_drawn_data(folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> None:
     trainer = distil(folder, folders, "max_steps=1", *overrides, ranks=ranks)
-    trainer.data = DrawnData()
+    trainer.source.open = DrawnData
     draw = trainer.objective.generate.pipeline.draw_exit_steps
     exits = []
     trainer.objective.generate.pipeline.draw_exit_steps = lambda *args: exits.append(draw(*args)) or exits[-1]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from trainer.base import Trainer
 from utils.config import load_config
-from utils.distributed import Ranks
+from utils.dataset import Samples, TrainingData
+from utils.distributed import Ranks, SampleRngs
 from utils.tracking import Tracker
 from utils.training_state import load_training_state
 from wan.configs import WanConfig
@@ -24,12 +25,30 @@ TOY = [
     "data.encode_batch_size=2", "batch_size=2", "optimizer.warmup_steps=1", "optimizer.schedule=constant",
     "logging.log_iters=1", "sampling_steps=2", "noise_augmentation_max_timestep=100", "ema.weight=0.5",
 ]  # fmt: skip
+FEW_STEPS = ["from_scratch=false", "train_text_encoder=false", "denoising_step_list=[1000,500]"]
+FEW_STEPS += ["distillation.dfake_gen_update_ratio=2", "optimizer.lr=1e-3", "data.min_fill=2", "max_steps=3"]
 
 
 def make(trainer: type[Trainer], folder: Path, vae_folder: Path, *overrides: str, ranks: Ranks = ALONE) -> Trainer:
     """A trainer of a fresh toy model on latents of the toy VAE."""
     settings = [*TOY, f"trainer={trainer.name}", f"data.vae_folder={vae_folder}", *overrides]
     return trainer(load_config(overrides=settings), ranks, folder, Tracker(folder) if ranks.is_main else None)
+
+
+def make_student(
+    trainer: type[Trainer], folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE
+) -> Trainer:
+    """A trainer of a few-step student. folders: the causal model it starts from, and its bidirectional teacher."""
+    causal, teacher = folders
+    names = [f"model_name={causal}", f"distillation.real_name={teacher}"]
+    return make(trainer, folder, causal, *FEW_STEPS, *names, *overrides, ranks=ranks)
+
+
+class DrawnData(TrainingData):
+    """Latents and prompt embeddings that are a function of the sample, whoever draws it."""
+
+    def draw(self, rngs: SampleRngs) -> Samples:
+        return Samples(prompt_embeds=rngs.randn(SIZES.text_len, SIZES.text_dim), latents=rngs.randn(6, 4, 4, 4))
 
 
 def state(folder: Path) -> dict[str, Tensor]:

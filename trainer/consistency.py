@@ -1,0 +1,51 @@
+"""Causal consistency distillation: from a many-step teacher to a few-step student, on clean clips alone."""
+
+import torch
+from torch import Tensor
+
+from model.base import Player
+from model.consistency import ConsistencyDistillation
+from trainer.few_step import FewStepTrainer
+from utils.sharding import local
+
+
+class ConsistencyTrainer(FewStepTrainer):
+    """The student learns; its target is its own average; the teacher takes one solver step.
+
+    The average is the run's EMA (`ema.weight`), which checkpoints hold anyway: a third network, but no third state.
+    """
+
+    name = "consistency"
+
+    def make_players(self) -> list[Player]:
+        config, settings = self.config, self.config.consistency
+        self.average = self.freeze(self.build_generator())
+        self.objective = ConsistencyDistillation(
+            self.generator,
+            self.average,
+            self.build_teacher(is_causal=settings.causal_teacher),
+            guidance_scale=config.distillation.real_guidance_scale,
+            steps=settings.solver_steps,
+            num_frame_per_block=config.num_frame_per_block,
+            independent_first_frame=config.independent_first_frame,
+        )
+        return [self.student(self.objective.loss)]
+
+    def start(self) -> None:
+        super().start()
+        self.follow()
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.follow()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Bring the average to where the run's EMA is."""
+        averages = self.learners[0].ema.average
+        for name, parameter in self.average.named_parameters():
+            local(parameter).copy_(averages[f"generator.{name}"])
+
+    def evaluate(self) -> dict[str, Tensor]:
+        """Loss on held-out clips, beside the samples."""
+        return self.held_out(self.objective.loss) | super().evaluate()

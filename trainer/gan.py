@@ -1,0 +1,44 @@
+"""Adversarial distillation: a few-step student learns from its own rollouts, judged beside real clips."""
+
+from model.base import Player
+from model.gan import GAN, Discriminator
+from trainer.few_step import FewStepTrainer
+from wan.modules.discriminator import DiscriminatorHead
+
+
+class GANTrainer(FewStepTrainer):
+    """The discriminator learns in every step, the student in every so many, after the discriminator's warm-up.
+
+    The discriminator is a score network (`distillation.fake_name`) with a new head; both learn, with the settings of
+    `critic_optimizer`. Real clips are the run's data, made ones come from the same words.
+    """
+
+    name = "gan"
+
+    def make_players(self) -> list[Player]:
+        config, settings, gan = self.config, self.config.distillation, self.config.gan
+        score = self.build_critic()
+        score.model.head.requires_grad_(gan.denoising_weight > 0)  # else nobody asks for its flow
+        head = DiscriminatorHead(
+            score.model.config,
+            concat_time_embeddings=gan.concat_time_embeddings,
+            attention_backend=config.attention_backend,
+        ).to(self.device)
+        discriminator = Discriminator(score, head)
+        self.objective = GAN(
+            self.make_rollouts(),
+            discriminator,
+            self.score_times(),
+            relativistic=gan.relativistic,
+            g_weight=gan.g_weight,
+            d_weight=gan.d_weight,
+            r1_weight=gan.r1_weight,
+            r2_weight=gan.r2_weight,
+            r1_sigma=gan.r1_sigma,
+            r2_sigma=gan.r2_sigma,
+            denoising_weight=gan.denoising_weight,
+            denoising_loss_type=config.denoising_loss_type,
+        )
+        student = self.student(self.objective.generator_loss)
+        student.every, student.start_step = settings.dfake_gen_update_ratio, gan.discriminator_warmup_steps
+        return [student, Player("critic", discriminator, self.objective.critic_loss, is_critic=True)]
