@@ -67,6 +67,7 @@ class DataSource:
             raise ConfigError(f"puppet clips are square; height is {config.height} and width {config.width}")
         self.config, self.ranks, self.vae, self.vae_folder, self.dtype = config, ranks, vae, vae_folder, dtype
         self.tokenizer, self.encoder, self.learns_from = tokenizer, encoder, learns_from
+        self.expected_of_pairs = {}  # what trajectories must say of themselves beside trajectories_about
         self.cache: TextCache | None = None
         self.prompts: list[str] | None = None  # of the data, where they are a list
         total = config.total_batch_size or config.batch_size * ranks.size
@@ -122,7 +123,7 @@ class DataSource:
             return self._puppets(split, self.ranks.rank, settings.pool_size, settings.min_fill)
         if settings.kind == "ode_pairs":
             folder, dataset = Path(settings.path), ODEPairs
-            expected = trajectories_about(config, causal=config.teacher_forcing)
+            expected = trajectories_about(config, causal=config.teacher_forcing) | self.expected_of_pairs
         else:
             folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder
             expected = latents_about(config, self.vae_folder)
