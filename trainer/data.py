@@ -16,11 +16,12 @@ from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
 from utils.scheduler import FlowMatchScheduler
+from utils.shards import read_items
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
-from utils.video_folder import ClipShape, about, encode_videos
+from utils.video_folder import ClipShape, about, encode_videos, scan_videos
 from utils.wan_wrapper import WanVAEWrapper
-from wan.configs import VAE_FILES, find_model_file
+from wan.configs import VAE_FILES, find_model_file, find_model_folder
 from wan.modules.text_encoder import TextTokenizer
 from wan.modules.vae import WanVAE
 from world.captions import captions
@@ -81,8 +82,7 @@ class DataSource:
         data = self._open("train")
         self.prompts = getattr(data, "prompts", None)
         if settings.text_cache:
-            wanted = [config.negative_prompt, *self.prompts, *self.sample_prompts(len(self.prompts))]
-            fill_text_cache(settings.text_cache, wanted, self.encoder, self.ranks)
+            fill_text_cache(settings.text_cache, run_prompts(config), self.encoder, self.ranks)
             self.cache = TextCache(settings.text_cache, self.encoder.text_len, self.ranks.device)
         return data
 
@@ -158,6 +158,26 @@ class DataSource:
         )
 
 
+def text_encoder_home(config: Config) -> Path:
+    """The folder whose text encoder a run starts from."""
+    if config.from_scratch and config.data.text_encoder_folder:
+        return Path(config.data.text_encoder_folder)
+    return find_model_folder(config.model_name)
+
+
+def run_prompts(config: Config) -> list[str]:
+    """All that a run on files reads out to its text encoder: its data's prompts, the negative one, those it samples."""
+    settings = config.data
+    if settings.kind == "prompts":
+        prompts = [prompt.text for prompt in read_prompts(settings.path, settings.extended_path)]
+    elif settings.kind == "videos":
+        prompts = [video.prompt for video in scan_videos(settings.path)[0]]
+    else:
+        prompts = [item.row["prompt"] for item in read_items(Path(settings.path))]
+    shown = read_prompts(settings.sample_prompts) if settings.sample_prompts else []
+    return [config.negative_prompt, *prompts, *(prompt.text for prompt in shown)]
+
+
 def latent_cache(config: Config) -> Path:
     """Where the latents of a folder of videos lie."""
     return Path(config.data.latent_cache or Path(config.data.path) / "latents")
@@ -184,7 +204,7 @@ def trajectories_about(config: Config, *, causal: bool) -> dict[str, Any]:
 
 
 def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Encode the videos in data.path that data.latent_cache lacks, each rank its share."""
+    """Encode the videos in data.path that the latent cache lacks, each rank its share."""
     vae = WanVAEWrapper(str(vae_folder), device=ranks.device, dtype=dtype)
     encode_videos(
         config.data.path,

@@ -12,6 +12,7 @@ from model.scores import Generate, ScoreTimes
 from pipeline.build import generator_options
 from pipeline.samplers import few_step_times
 from pipeline.self_forcing_training import SelfForcingTrainingPipeline
+from trainer.data import text_encoder_home
 from trainer.latents import LatentTrainer
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
@@ -109,7 +110,9 @@ class FewStepTrainer(LatentTrainer):
                 f"{self.config.model_name} takes {ours.in_dim} and {ours.text_dim}; use a teacher of the same VAE and "
                 "text encoder"
             )
-        files = [find_text_encoder(folder) for folder in (find_model_folder(model_name), self.text_encoder_home())]
+        files = [
+            find_text_encoder(folder) for folder in (find_model_folder(model_name), text_encoder_home(self.config))
+        ]
         if all(files) and fingerprint(files[0]) != fingerprint(files[1]):
             raise ConfigError(
                 f"{model_name} was trained with another text encoder ({files[0]}) than the student ({files[1]}); train "

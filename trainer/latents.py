@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.base import Batch, Loss, Player
 from pipeline.build import assemble_pipeline, generator_options
 from trainer.base import Trainer
-from trainer.data import DataSource
+from trainer.data import DataSource, text_encoder_home
 from utils.checkpoint import load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
@@ -159,7 +159,7 @@ class LatentTrainer(Trainer):
     def build_text_encoder(self) -> nn.Module:
         config, sizes = self.config, self.config.text_encoder
         if not config.from_scratch or config.data.text_encoder_folder:
-            weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
+            weights = find_model_file(text_encoder_home(self.config), TEXT_ENCODER_FILES)
             dtype = torch.float32 if config.train_text_encoder else torch.bfloat16
             model = load_umt5(weights, device=self.device, dtype=dtype)
         elif not config.train_text_encoder:
@@ -171,17 +171,10 @@ class LatentTrainer(Trainer):
             model = new_umt5(vocab_size=len(self.tokenizer.tokenizer), **vars(sizes)).to(self.device)
         return model.requires_grad_(config.train_text_encoder)
 
-    def text_encoder_home(self) -> Path:
-        """The folder whose text encoder this run starts from."""
-        config = self.config
-        if config.from_scratch and config.data.text_encoder_folder:
-            return Path(config.data.text_encoder_folder)
-        return find_model_folder(config.model_name)
-
     def make_source(self) -> DataSource:
         encoder, tokenizer = None, find_model_file(self.folder, TOKENIZER_FOLDERS)
         if self.config.data.text_cache:
-            weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
+            weights = find_model_file(text_encoder_home(self.config), TEXT_ENCODER_FILES)
             encoder = TextEncoderFiles(weights, tokenizer, self.model_config.text_len)
         return DataSource(
             self.config,
@@ -301,7 +294,7 @@ class LatentTrainer(Trainer):
         if self.config.train_text_encoder:
             save_umt5(self.text_encoder, folder / TEXT_ENCODER_FILES[-1], torch.bfloat16)
             return
-        weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
+        weights = find_model_file(text_encoder_home(self.config), TEXT_ENCODER_FILES)
         for file in (weights, weights.with_suffix(".json")):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
