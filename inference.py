@@ -279,9 +279,9 @@ def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
         num_frame_per_block=config.num_frame_per_block if config.causal else num_frames,
         text_encoder=pipeline.text_encoder.model,
         offload_text_encoder=pipeline.text_encoder.offload,
-        vae=pipeline.vae.model,
-        vae_dim=pipeline.vae.model.decoder.head[-1].in_channels,
-        vae_patch_size=pipeline.vae.model.patch_size,
+        vae=pipeline.vae,
+        vae_dim=pipeline.vae.decoder.outer_channels,
+        vae_patch_size=pipeline.vae.decoder.patch_size,
         latents_per_chunk=pipeline.vae.latents_per_chunk,
     )
 

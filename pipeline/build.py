@@ -60,9 +60,8 @@ def build_pipeline(
     dtype = resolve_dtype(config.dtype, device)
     generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
-    return assemble_pipeline(
-        config, generator, text_encoder, WanVAEWrapper(config.model_name, device=device, dtype=dtype)
-    )
+    vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+    return assemble_pipeline(config, generator, text_encoder, vae)
 
 
 def assemble_pipeline(

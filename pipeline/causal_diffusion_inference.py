@@ -75,7 +75,7 @@ class CausalDiffusionInferencePipeline:
         are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video;
         they are decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
         """
-        vae_cache = self.vae.model.make_cache()
+        vae_cache = self.vae.make_cache()
         for _, latents in self._walk(noise, text_prompts, **options):
             pixels = self.vae.decode_to_pixel(latents, cache=vae_cache)
             yield (pixels + 1) / 2
@@ -90,7 +90,7 @@ class CausalDiffusionInferencePipeline:
         """
         if noise is None and options.get("num_frames") is None:
             raise ValueError("inference() needs num_frames or noise; use stream() for a video without end")
-        vae_cache, pixels, latents = self.vae.model.make_cache(), [], []
+        vae_cache, pixels, latents = self.vae.make_cache(), [], []
         for _, block_latents in self._walk(noise, text_prompts, **options):
             latents.append(block_latents)
             pixels.append((self.vae.decode_to_pixel(block_latents, cache=vae_cache) + 1) / 2)

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 VAE_SIZES = {"dim": 8, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temporal_downsample": [True, True], "patch_size": 2}
+TINY_VAE_SIZES = {"encoder_channels": None, "decoder_channels": [4, 4, 4, 4]}
 TEXT_SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 
 
@@ -25,6 +26,7 @@ def tiny_model_folder(tmp_path_factory) -> Path:
     from wan.configs import WanConfig
     from wan.modules.model import WanModel
     from wan.modules.text_encoder import to_wan_names, umt5_config
+    from wan.modules.tiny_vae import TinyVAE
     from wan.modules.vae import WanVAE
     from wan.modules.weights import save_safetensors
     from world.tokenizer import train_tokenizer
@@ -41,6 +43,9 @@ def tiny_model_folder(tmp_path_factory) -> Path:
 
         save_safetensors(WanVAE(**VAE_SIZES).state_dict(), folder / "Wan2.1_VAE.safetensors")
         (folder / "Wan2.1_VAE.json").write_text(json.dumps(VAE_SIZES))
+
+        save_safetensors(TinyVAE(**TINY_VAE_SIZES).state_dict(), folder / "taew2_1.safetensors")
+        (folder / "taew2_1.json").write_text(json.dumps(TINY_VAE_SIZES))
 
         text_sizes = {**TEXT_SIZES, "vocab_size": train_tokenizer(folder / "tokenizer", num_sentences=200)}
         text_encoder = UMT5EncoderModel(umt5_config(text_sizes))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.base import Player
 from trainer.learner import Learner
 from trainer.optimization import learning_rate
+from trainer.plan import plan_training
 from utils.checkpointer import Checkpointer
 from utils.config import Config, ConfigError, config_hash, dump
 from utils.distributed import Ranks, Rngs, SampleRngs, barrier, broadcast_value, mix_seed, ranks_per_node
@@ -53,11 +54,13 @@ class Trainer(ABC):
         self.clock = 0.0  # seconds of the run on rank 0, resumed sessions included, as of the last look
         self.clock_before = 0.0  # of sessions before this one
         self.last_look = self.next_look = 0  # steps
+        self.flops: float | None = None  # of a step on one GPU, once planned
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.manual_seed(mix_seed(config.seed))
         self.sharding = self._make_sharding()
+        self.frozen: list[nn.Module] = []
         self.players = self.build()
         for player in self.players:
             distribute(player.module, self.sharding)
@@ -95,12 +98,21 @@ class Trainer(ABC):
         """
         return {}
 
+    def step_flops(self) -> float | None:
+        """FLOPs of one step on one GPU, averaged over a player's rhythm; None where nobody has counted them."""
+        return None
+
+    def activation_bytes(self) -> int:
+        """About what the largest pass keeps for its backward; 0 where nobody has counted it."""
+        return 0
+
     # --- the loop ---
 
     def train(self, *, save: bool = True, visualize: bool = True) -> None:
         """Run to the end, from where the run folder stands. save: write states and the export; visualize: evaluate."""
         self.resume()
         if not self.finished():
+            self.plan()
             self.start()
         try:
             self._train(save, visualize)
@@ -131,6 +143,16 @@ class Trainer(ABC):
         if save and self.takes_part:
             self.export_averages(self.run_dir / "export")
         barrier(self.ranks)
+
+    def plan(self) -> None:
+        """Tell what the run will take."""
+        helpers = [*self.frozen, *(value for value in vars(self).values() if isinstance(value, nn.Module))]
+        self.flops = self.step_flops()
+        plan = plan_training(
+            self.learners, helpers, self.sharding, activations=self.activation_bytes(), flops=self.flops
+        )
+        for line in plan.lines():
+            logger.info("%s", line)
 
     def train_step(self) -> dict[str, Tensor]:
         """One update of every player that is due; returns their metrics, on the device."""
@@ -225,6 +247,8 @@ class Trainer(ABC):
             "samples_per_second": self.num_passes * self.config.batch_size * self.ranks.size / seconds_per_step,
             "progress": self.progress(),
         }
+        if self.flops is not None:
+            numbers["tflops_per_second"] = self.flops / seconds_per_step / 1e12
         if self.device.type == "cuda":
             numbers["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.tracker.log(numbers, self.step)
@@ -345,7 +369,7 @@ class Trainer(ABC):
 
         It was made on `self.sharding.build_device`.
         """
-        network.eval().requires_grad_(False)
+        self.frozen.append(network.eval().requires_grad_(False))
         if self.sharding.compute_dtype is not None:
             network.to(self.sharding.compute_dtype)
         distribute(network, self.sharding)

@@ -13,6 +13,7 @@ from model.base import Batch, Loss, Player
 from pipeline.build import assemble_pipeline, generator_options
 from trainer.base import Trainer
 from trainer.data import DataSource, text_encoder_home
+from trainer.plan import activation_bytes
 from utils.checkpoint import load_generator
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
@@ -229,6 +230,14 @@ class LatentTrainer(Trainer):
         if words.prompt_embeds is not None:
             return words.prompt_embeds
         return encode(self.text_encoder, words.ids, words.mask)
+
+    def activation_bytes(self) -> int:
+        """Of a pass over whole clips, clean ones beside them under teacher forcing."""
+        config, stride = self.config, self.vae.spatial_stride
+        per_frame = self.model_config.tokens_per_frame(config.height // stride, config.width // stride)
+        frames = config.num_training_frames * (2 if config.teacher_forcing else 1)
+        tokens = config.batch_size * frames * per_frame
+        return activation_bytes(self.model_config, tokens, checkpointing=config.gradient_checkpointing)
 
     # --- how it is judged and handed over ---
 

@@ -3,7 +3,7 @@
 from wan.configs import WanConfig
 
 
-def pass_flops(config: WanConfig, num_tokens: int, num_keys: int | None = None, *, text_keys: bool = True) -> float:
+def pass_flops(config: WanConfig, num_tokens: int, num_keys: float | None = None, *, text_keys: bool = True) -> float:
     """FLOPs of one forward pass over num_tokens video tokens of one sample.
 
     num_keys: tokens that self-attention looks at, its own included; None: its own. text_keys: whether keys and values

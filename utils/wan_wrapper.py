@@ -13,6 +13,7 @@ from utils.scheduler import FlowMatchScheduler
 from wan.configs import (
     CLIP_FILES,
     TEXT_ENCODER_FILES,
+    TINY_VAE_FILES,
     TOKENIZER_FOLDERS,
     VAE_FILES,
     WanConfig,
@@ -24,7 +25,8 @@ from wan.modules.clip import load_clip_vision
 from wan.modules.kv_cache import KVCache
 from wan.modules.model import Features, WanModel
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5
-from wan.modules.vae import VAECache, load_vae
+from wan.modules.tiny_vae import TinyVAE, load_tiny_vae
+from wan.modules.vae import VAECache, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +182,17 @@ def should_offload(offload: str, device: torch.device) -> bool:
     return offload == "always" or torch.cuda.get_device_properties(device).total_memory < 48e9
 
 
+NO_TINY_VAE = (
+    "use vae_decoder=full, or put a decoder of these latents there: for Wan 2.1 taew2_1.pth from "
+    "https://github.com/madebyollin/taehv"
+)
+
+
 class WanVAEWrapper(nn.Module):
     """Pixels <-> latents in the layout upstairs, a few latents at a time so that memory does not grow with the clip.
+
+    decoder: "full" is Wan's own; "tiny" makes pictures with the folder's `taew2_1` file, softer and many times faster.
+    Encoding is always Wan's own: a generator's latents are what it knows.
 
     Use `reset_cache` before the first `decode_to_pixel(..., use_cache=True)` of a new video.
     """
@@ -190,14 +201,23 @@ class WanVAEWrapper(nn.Module):
         self,
         model_name: str = "Wan2.1-T2V-1.3B",
         *,
+        decoder: str = "full",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         latents_per_chunk: int = 4,
     ):
         super().__init__()
-        self.model = load_vae(
-            find_model_file(find_model_folder(model_name), VAE_FILES), device=device, dtype=dtype
-        ).eval()
+        if decoder not in ("full", "tiny"):
+            raise ValueError(f"decoder {decoder!r} is unknown; use 'full' or 'tiny'")
+        folder = find_model_folder(model_name)
+        tiny_file = find_model_file(folder, TINY_VAE_FILES, NO_TINY_VAE) if decoder == "tiny" else None
+        self.model = load_vae(find_model_file(folder, VAE_FILES), device=device, dtype=dtype)
+        self.tiny = None if tiny_file is None else load_tiny_vae(tiny_file, device=device, dtype=dtype)
+        if self.tiny is not None and latents_of(self.tiny) != latents_of(self.model):
+            raise ValueError(
+                f"{tiny_file} is of another VAE: (channels, pixels and frames per latent) are {latents_of(self.tiny)}, "
+                f"those of this folder's VAE {latents_of(self.model)}; use vae_decoder=full"
+            )
         self.latents_per_chunk = latents_per_chunk
         self.cache: VAECache | None = None
 
@@ -205,6 +225,15 @@ class WanVAEWrapper(nn.Module):
         """[B, F, C, H, W] -> [B, C, F, H, W], on the VAE's device and in its dtype."""
         weight = next(self.model.parameters())
         return x.transpose(1, 2).to(weight.device, weight.dtype)
+
+    @property
+    def decoder(self) -> WanVAE | TinyVAE:
+        """What makes the pictures."""
+        return self.model if self.tiny is None else self.tiny
+
+    def make_cache(self) -> VAECache:
+        """Memory for decoding a new video."""
+        return self.decoder.make_cache()
 
     def reset_cache(self) -> None:
         """Forget the video that `decode_to_pixel(..., use_cache=True)` is in the middle of."""
@@ -229,12 +258,17 @@ class WanVAEWrapper(nn.Module):
         `cache` stopped, or, with use_cache, where the last call with use_cache stopped.
         """
         if cache is None:
-            cache = (self.cache if use_cache else None) or self.model.make_cache()
+            cache = (self.cache if use_cache else None) or self.make_cache()
         chunks = self._to_model(latents).split(self.latents_per_chunk, dim=2)
-        pixels = torch.cat([self.model.decode(chunk, cache).float() for chunk in chunks], dim=2)
+        pixels = torch.cat([self.decoder.decode(chunk, cache).float() for chunk in chunks], dim=2)
         if use_cache:
             self.cache = cache
         return pixels.transpose(1, 2).clamp_(-1, 1)
+
+
+def latents_of(vae: WanVAE | TinyVAE) -> tuple[int, int, int]:
+    """(channels, pixels per side, frames) of one latent."""
+    return vae.latent_channels, vae.spatial_stride, vae.temporal_stride
 
 
 def latent_shape(

@@ -85,6 +85,7 @@ WAN_CONFIGS: dict[str, WanConfig] = {
 }
 
 VAE_FILES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
+TINY_VAE_FILES = ("taew2_1.pth", "taew2_1.safetensors")
 TEXT_ENCODER_FILES = (
     "models_t5_umt5-xxl-enc-bf16.pth",
     "models_t5_umt5-xxl-enc-bf16.safetensors",
@@ -121,10 +122,13 @@ def how_to_get(folder: Path) -> str:
     return "copy it from the model that this folder was made from"
 
 
-def find_model_file(folder: str | Path, candidates: tuple[str, ...]) -> Path:
-    """First of `candidates` in `folder`; FileNotFoundError names what was looked for and how to get it."""
+def find_model_file(folder: str | Path, candidates: tuple[str, ...], remedy: str | None = None) -> Path:
+    """First of `candidates` in `folder`; FileNotFoundError names what was looked for and how to get it.
+
+    remedy: how, where the folder's own model does not bring the file.
+    """
     folder = Path(folder)
     for candidate in candidates:
         if (folder / candidate).exists():
             return folder / candidate
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(candidates)}; {how_to_get(folder)}")
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(candidates)}; {remedy or how_to_get(folder)}")

@@ -30,6 +30,16 @@ def test_nothing_learns_and_everything_is_on_the_device(tiny_model_folder):
     assert pipeline.generator.model.dtype == torch.float32 and pipeline.device.type == "cpu"
 
 
+def test_a_setting_chooses_the_decoder(tiny_model_folder):
+    options = {"text_prompts": ["a puppet"], "seeds": [0], "num_frames": 3, "height": 32, "width": 32}
+    full, tiny = build(tiny_model_folder), build(tiny_model_folder, "vae_decoder=tiny")
+    video, latents = tiny.inference(**options, return_latents=True)
+    assert torch.equal(full.inference(**options, return_latents=True)[1], latents)
+    assert torch.equal(video, (tiny.vae.decode_to_pixel(latents) + 1) / 2)
+    assert torch.equal(torch.cat(list(tiny.stream(**options)), dim=1), video)
+    assert not torch.equal(video, (full.vae.decode_to_pixel(latents) + 1) / 2)
+
+
 def test_a_checkpoint_replaces_the_folders_weights(tiny_model_folder, tmp_path):
     plain = build(tiny_model_folder)
     weights = {f"model.{name}": tensor + 1 for name, tensor in plain.generator.model.state_dict().items()}

@@ -36,7 +36,8 @@ def no_draws(remember, generator, paths, block, latents, context_noise, draw):
 class LatentsAsPixels:
     """A VAE for tests: pixels are twice the latents minus one, so that the pipeline gives latents back."""
 
-    model = SimpleNamespace(make_cache=list, spatial_stride=8)
+    model = SimpleNamespace(spatial_stride=8)
+    make_cache = list
 
     def decode_to_pixel(self, latents, cache):
         cache.append(latents.shape[1])  # a stream hands in one cache of its own

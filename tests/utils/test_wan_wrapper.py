@@ -1,5 +1,7 @@
 """utils/wan_wrapper.py: a streamed video is the whole one, prompts are read once, weights leave a small GPU."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,9 @@ from utils.wan_wrapper import WanTextEncoder, WanVAEWrapper, should_offload
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.fixture
-def vae(tiny_model_folder) -> WanVAEWrapper:
-    return WanVAEWrapper(tiny_model_folder)
+@pytest.fixture(params=["full", "tiny"])
+def vae(request, tiny_model_folder) -> WanVAEWrapper:
+    return WanVAEWrapper(tiny_model_folder, decoder=request.param)
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_streaming_decode_is_the_whole_decode(vae, parts, handed_in):
     assert whole.shape == (2, 25, 3, 32, 48)
     for _ in range(2):  # the second video finds nothing of the first
         vae.reset_cache()
-        options = {"cache": vae.model.make_cache()} if handed_in else {"use_cache": True}
+        options = {"cache": vae.make_cache()} if handed_in else {"use_cache": True}
         streamed = [vae.decode_to_pixel(part, **options) for part in latents.split(parts, dim=1)]
         torch.testing.assert_close(torch.cat(streamed, dim=1), whole, atol=1e-5, rtol=1e-5)
 
@@ -43,9 +45,37 @@ def test_encoding_in_chunks_is_encoding_at_once(vae):
 
 def test_pictures_and_latents_come_to_where_the_vae_is(vae):
     """An image is loaded on the CPU, whatever device makes the video; "meta" stands for a GPU here."""
-    vae.model.to("meta")
+    vae.to("meta")
     assert vae.encode_to_latent(torch.zeros(1, 5, 3, 32, 32)).device.type == "meta"
     assert vae.decode_to_pixel(torch.zeros(1, 2, 16, 4, 4)).device.type == "meta"
+
+
+def test_the_tiny_decoder_makes_the_pictures_and_the_full_vae_the_latents(tiny_model_folder):
+    full, tiny = (WanVAEWrapper(tiny_model_folder, decoder=name) for name in ("full", "tiny"))
+    pixels = torch.rand(1, 5, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = full.encode_to_latent(pixels)
+    assert torch.equal(tiny.encode_to_latent(pixels), latents)
+    pictures = tiny.decode_to_pixel(latents)
+    assert torch.equal(pictures, tiny.tiny.decode(latents.transpose(1, 2)).transpose(1, 2).clamp(-1, 1))
+    assert pictures.shape == pixels.shape and not torch.equal(pictures, full.decode_to_pixel(latents))
+
+
+def test_a_tiny_decoder_that_is_missing_or_of_other_latents_is_refused(tiny_model_folder, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model_folder, folder)
+    sizes = {"encoder_channels": None, "decoder_channels": [4, 4, 4, 4], "decoder_space_upscale": [False, True, True]}
+    (folder / "taew2_1.json").write_text(json.dumps(sizes))
+    with pytest.raises(
+        ValueError, match=r"are \(16, 4, 4\), those of this folder's VAE \(16, 8, 4\); use vae_decoder=full"
+    ):
+        WanVAEWrapper(folder, decoder="tiny")
+    (folder / "taew2_1.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"none of taew2_1\.pth, taew2_1\.safetensors; use vae_decoder=full, or"
+    ):
+        WanVAEWrapper(folder, decoder="tiny")
+    with pytest.raises(ValueError, match="'small' is unknown; use 'full' or 'tiny'"):
+        WanVAEWrapper(folder, decoder="small")
 
 
 def test_prompts_are_read_once_and_the_memory_of_them_has_an_end(text_encoder, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 from wan.modules.clip import build_clip_vision, from_wan_names
 from wan.modules.text_encoder import UMT5_XXL_SIZES, to_wan_names, transformers_name, umt5_config
+from wan.modules.tiny_vae import TinyVAE
 from wan.modules.vae import WanVAE
 
 CLIP = "clip_xlm_roberta_vit_h_14_visual"
@@ -27,6 +28,14 @@ def test_vae_is_wan21_vae_pth():
         vae = WanVAE()
     assert shapes(vae.state_dict()) == manifest("wan2.1_vae")
     assert sum(parameter.numel() for parameter in vae.parameters()) == 126_892_531
+    assert (vae.spatial_stride, vae.temporal_stride) == (8, 4)
+
+
+def test_tiny_vae_is_taew2_1_pth():
+    with torch.device("meta"):
+        vae = TinyVAE()
+    assert shapes(vae.state_dict()) == manifest("taew2_1")
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 11_315_539
     assert (vae.spatial_stride, vae.temporal_stride) == (8, 4)
 
 

@@ -342,6 +342,8 @@ class WanVAE(nn.Module):
         std = WAN21_LATENTS_STD if latents_std is None else latents_std
         if not len(mean) == len(std) == z_dim:
             raise ValueError(f"latents_mean has {len(mean)} and latents_std {len(std)} values for {z_dim} channels")
+        self.latent_channels = z_dim
+        self.outer_channels = dim  # of the maps at full size: what memory is planned by
         self.patch_size = patch_size
         self.spatial_stride = patch_size * 2 ** len(temporal_downsample)
         self.temporal_stride = 2 ** sum(temporal_downsample)
@@ -382,9 +384,7 @@ class WanVAE(nn.Module):
         video gives 1 frame, every other one 4.
         """
         history = None if cache is None else cache.decoder
-        z_dim = self.conv2.in_channels
-        if latents.ndim != 5 or latents.shape[1] != z_dim or latents.shape[2] == 0:
-            raise ValueError(f"latents are {list(latents.shape)}, expected [B, {z_dim}, F, h, w] with F > 0")
+        check_latents(latents, self.latent_channels)
         check_continues(history, latents)
         x = self.conv2(latents * self.latents_std + self.latents_mean)
         return self._unpatchify(self.decoder(self._arrange(x), history))
@@ -427,6 +427,12 @@ class WanVAE(nn.Module):
         return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raise ValueError if these are not latents of so many channels."""
+    if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] == 0:
+        raise ValueError(f"latents are {list(latents.shape)}, expected [B, {channels}, F, h, w] with F > 0")
+
+
 def check_continues(history: History | None, x: Tensor) -> None:
     """Raise ValueError if a chunk is not of the batch that the history remembers."""
     past = None if history is None else history[0]
@@ -437,7 +443,7 @@ def check_continues(history: History | None, x: Tensor) -> None:
         )
 
 
-def channels_last_weights_(vae: WanVAE) -> None:
+def channels_last_weights_(vae: nn.Module) -> None:
     """Lay the weights out as the activations are: a third faster on the CPU."""
     for layer in vae.modules():
         if isinstance(layer, nn.Conv3d):

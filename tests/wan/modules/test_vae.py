@@ -29,8 +29,14 @@ def golden() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def golden_vae(golden) -> WanVAE:
+    """The published decoder's weights; the encoder's are random, it is held to diffusers' below."""
+    torch.manual_seed(0)
     vae = WanVAE(dim=8, latents_mean=golden["mean"].tolist(), latents_std=golden["std"].tolist())
-    vae.load_state_dict({name[2:]: tensor.float() for name, tensor in golden.items() if name.startswith("w.")})
+    for parameter in vae.parameters():  # gammas too: ones would hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    weights = {name[2:]: tensor.float() for name, tensor in golden.items() if name.startswith("w.")}
+    assert not vae.load_state_dict(weights, strict=False).unexpected_keys
+    assert {f"decoder.{name}" for name in vae.decoder.state_dict()} | {"conv2.weight", "conv2.bias"} == set(weights)
     return vae.requires_grad_(False)
 
 
@@ -40,12 +46,6 @@ def decode_in_chunks(vae, latents, chunks):
 
 
 # ------------------------------------------------------------------- the published implementation's numbers
-
-
-def test_encoder_matches_golden(golden, golden_vae):
-    mean, _ = golden_vae.encode_moments(golden["enc9.pixels"])
-    torch.testing.assert_close(mean, golden["enc9.mu_raw"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(golden_vae.encode(golden["enc9.pixels"]), golden["enc9.latent"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunks", [[4], [1, 1, 1, 1], [2, 2], [3, 1], [1, 3]])
