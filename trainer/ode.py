@@ -4,10 +4,7 @@ from torch import Tensor
 
 from model.base import Player
 from model.ode_regression import ODERegression
-from trainer.data import DataSource
 from trainer.few_step import FewStepTrainer
-from utils.fingerprint import fingerprint
-from wan.configs import TEXT_ENCODER_FILES, find_model_file
 
 
 class ODETrainer(FewStepTrainer):
@@ -32,12 +29,6 @@ class ODETrainer(FewStepTrainer):
             independent_first_frame=config.independent_first_frame,
         )
         return [self.student(self.objective.loss)]
-
-    def make_source(self) -> DataSource:
-        source = super().make_source()
-        weights = find_model_file(self.text_encoder_home(), TEXT_ENCODER_FILES)
-        source.expected_of_pairs["text_encoder"] = fingerprint(weights)  # words of another mean something else
-        return source
 
     def evaluate(self) -> dict[str, Tensor]:
         """Loss on held-out trajectories, beside the samples."""
