@@ -21,7 +21,7 @@ from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
 from utils.video_folder import ClipShape, about, encode_videos, scan_videos
 from utils.wan_wrapper import WanVAEWrapper
-from wan.configs import VAE_FILES, find_model_file, find_model_folder
+from wan.configs import TEXT_ENCODER_FILES, VAE_FILES, find_model_file, find_model_folder
 from wan.modules.text_encoder import TextTokenizer
 from wan.modules.vae import WanVAE
 from world.captions import captions
@@ -122,7 +122,9 @@ class DataSource:
             return self._puppets(split, self.ranks.rank, settings.pool_size, settings.min_fill)
         if settings.kind == "ode_pairs":
             folder, dataset = Path(settings.path), ODEPairs
+            weights = find_model_file(text_encoder_home(config), TEXT_ENCODER_FILES)
             expected = trajectories_about(config, causal=config.teacher_forcing)
+            expected["text_encoder"] = fingerprint(weights)  # words of another one mean something else
         else:
             folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder
             expected = latents_about(config, self.vae_folder)
