@@ -5,6 +5,7 @@ from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.gan import GANTrainer
+from trainer.ode import ODETrainer
 from trainer.text import TextTrainer
 from trainer.vae import VAETrainer
 
@@ -12,6 +13,7 @@ TRAINERS: dict[str, type[Trainer]] = {
     "vae": VAETrainer,
     "text": TextTrainer,
     "diffusion": DiffusionTrainer,
+    "ode": ODETrainer,
     "consistency": ConsistencyTrainer,
     "score_distillation": ScoreDistillationTrainer,
     "gan": GANTrainer,
