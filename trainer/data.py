@@ -9,14 +9,14 @@ import torch
 
 from pipeline.samplers import few_step_times
 from utils.config import Config, ConfigError
-from utils.dataset import Samples, TrainingData
+from utils.dataset import Samples, TrainingData, upload
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
 from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
 from utils.scheduler import FlowMatchScheduler
-from utils.shards import read_items
+from utils.shards import Shards
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
 from utils.video_folder import ClipShape, about, encode_videos, scan_videos
@@ -101,7 +101,7 @@ class DataSource:
         if self.cache is not None:
             return self.cache(prompts)
         ids, mask = self.tokenizer(list(prompts))
-        return Samples(ids.to(self.ranks.device), mask.to(self.ranks.device))
+        return Samples(upload(ids, self.ranks.device), upload(mask, self.ranks.device))
 
     def sample_prompts(self, count: int) -> list[str]:
         """At most so many prompts for contact sheets, the same ones all through a run."""
@@ -174,7 +174,8 @@ def run_prompts(config: Config) -> list[str]:
     elif settings.kind == "videos":
         prompts = [video.prompt for video in scan_videos(settings.path)[0]]
     else:
-        prompts = [item.row["prompt"] for item in read_items(Path(settings.path))]
+        kind = ODEPairs.kind if settings.kind == "ode_pairs" else LatentFolder.kind
+        prompts = [item.row["prompt"] for item in Shards(settings.path, kind).items]
     shown = read_prompts(settings.sample_prompts) if settings.sample_prompts else []
     return [config.negative_prompt, *prompts, *(prompt.text for prompt in shown)]
 

@@ -192,6 +192,7 @@ def test_a_held_out_loss_where_videos_are_many(tmp_path, vae_folder):
     [
         (["data.kind=videos"], "data.kind is videos, but data.path does not say where they are; set data.path"),
         (["data.kind=vidoes", "data.path=x"], "data.kind"),
+        (["trainer=vae", "data.kind=videos", "data.path=x"], "trainer vae learns from puppets; leave it out"),
         (["data.path=x"], "data.path is x, but data.kind is puppet, which reads no files"),
         (["data.text_cache=x"], "whose captions are new in every step"),
         (["data.kind=prompts", "data.path=x", "data.text_cache=x", "train_text_encoder=true"], "set one of them"),
