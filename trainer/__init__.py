@@ -6,10 +6,12 @@ from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.gan import GANTrainer
 from trainer.text import TextTrainer
+from trainer.tiny_vae import TinyVAETrainer
 from trainer.vae import VAETrainer
 
 TRAINERS: dict[str, type[Trainer]] = {
     "vae": VAETrainer,
+    "tiny_vae": TinyVAETrainer,
     "text": TextTrainer,
     "diffusion": DiffusionTrainer,
     "consistency": ConsistencyTrainer,
