@@ -16,6 +16,7 @@ from utils.config import Config, ConfigError, dump, load_config
 from utils.distributed import Ranks, init_distributed, shutdown
 from utils.errors import plain_errors
 from utils.heartbeat import Heartbeat
+from utils.progress import ProgressLine
 from utils.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -35,19 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(dump(config), end="")
         return 0
     ranks = init_distributed(config.device)
+    line = ProgressLine(sys.stderr)
     logging.basicConfig(
         level=logging.INFO if ranks.is_main else logging.WARNING,
         format="%(asctime)s %(message)s" if ranks.size == 1 else f"%(asctime)s [{ranks.rank}] %(message)s",
         datefmt="%H:%M:%S",
+        handlers=[line],
     )
     run_dir = args.logdir or Path("logs") / Path(args.config_path).stem
     tracker = open_tracker(config, ranks, run_dir, args.wandb_save_dir)
     try:
         with Heartbeat(ranks, config.heartbeat_seconds):
             TRAINERS[config.trainer](config, ranks, run_dir, tracker).train(
-                save=not args.no_save, visualize=not args.no_visualize
+                save=not args.no_save,
+                visualize=not args.no_visualize,
+                on_step=lambda run: line.show(run.step, run.progress(), run.seconds_left) if ranks.is_main else None,
             )
     finally:
+        line.clear()
         if tracker is not None:
             tracker.close()
         shutdown()

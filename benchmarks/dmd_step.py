@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,6 @@ from trainer.learner import Learner
 from utils.config import load_config
 from utils.dataset import Samples, TrainingData
 from utils.distributed import Ranks, Rngs, SampleRngs, init_distributed, shutdown
-from utils.flops import pass_flops
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.configs import WAN_CONFIGS, WanConfig
 
@@ -104,42 +104,6 @@ class DMDStep(ScoreDistillationTrainer):
             torch.cuda.synchronize(self.device)
 
 
-def step_flops(trainer: DMDStep, exit_step: int, *, recomputation: bool) -> tuple[float, float]:
-    """Of one sample's generator step and critic step with rollouts that leave at exit_step."""
-    config, sizes = trainer.config, trainer.model_config
-    per_frame = sizes.tokens_per_frame(config.height // VAE_STRIDE, config.width // VAE_STRIDE)
-    frames, tokens = config.num_training_frames, config.num_training_frames * per_frame
-    window = sizes_of_windows(trainer)
-    blocks = trainer.objective.generate.pipeline.plan(frames)
-    own = [block.num_frames * per_frame for block in blocks]
-    seen = [min(block.stop, window) * per_frame for block in blocks]
-
-    def walk(text_keys: bool) -> list[float]:
-        pairs = zip(own, seen, strict=True)
-        return [pass_flops(sizes, queries, keys, text_keys=text_keys) for queries, keys in pairs]
-
-    remembered, fresh = walk(False), walk(True)
-    first_text = fresh[0] - remembered[0]  # the prompt's keys are made once per rollout without gradient
-    context = sum(remembered[:-1]) if config.clean_context else 0.0
-    before_exit = exit_step * sum(remembered) + context + (first_text if exit_step or context else 0.0)
-    again = 1.0 if recomputation and config.gradient_checkpointing else 0.0
-    learning = (3.0 + again) * sum(fresh)  # forward, twice that backward
-    settings = config.distillation
-    teacher = WAN_CONFIGS[settings.real_name]
-    real = pass_flops(teacher, tokens) * (1 if settings.real_guidance_scale == 1 else 2)
-    fake = pass_flops(WAN_CONFIGS[settings.fake_name], tokens)
-    asked = real + fake * (1 if settings.fake_guidance_scale == 1 else 2)
-    generator = before_exit + learning + asked
-    critic = before_exit + sum(remembered) + (3.0 + again) * fake
-    return generator, critic
-
-
-def sizes_of_windows(trainer: DMDStep) -> int:
-    """Latent frames that a block sees at most."""
-    window = trainer.config.model_kwargs.local_attn_size
-    return trainer.config.num_training_frames if window == -1 else window
-
-
 def matrix_flops_per_second(device: torch.device, size: int) -> float:
     """Of a bf16 product of two size x size matrices: the best of ten rounds, as others' work only slows it down."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -175,9 +139,9 @@ def measure(trainer: DMDStep, rounds: int, matrix_size: int) -> dict:
     ratio = trainer.config.distillation.dfake_gen_update_ratio
     cycle_s = generator_s + ratio * critic_s
     result = {"generator_step_s": round(generator_s, 4), "critic_step_s": round(critic_s, 4)}
-    for name, recomputation in (("", True), ("_without_recomputation", False)):
-        counted = [step_flops(trainer, exit_step, recomputation=recomputation) for exit_step in range(num_exits)]
-        generator_flops, critic_flops = (samples * sum(column) / num_exits for column in zip(*counted, strict=True))
+    whole = trainer.work()
+    for name, work in (("", whole), ("_without_recomputation", replace(whole, recomputation=False))):
+        generator_flops, critic_flops = samples * work.mean_generator_step(), samples * work.mean_critic_step()
         cycle = generator_flops + ratio * critic_flops
         result |= {
             f"mfu{name}": round(cycle / cycle_s / rate, 4),

@@ -2,7 +2,7 @@
 
     python benchmarks/embedded_model.py                               # everything: 256 prompts, 64 long streams
     python benchmarks/embedded_model.py --vae_only [--vae_folder DIR] # the gate that a VAE passes before a transformer
-    python benchmarks/embedded_model.py --vae_only --tiny_vae DIR/taew2_1.safetensors --out DIR/gate.json   # tiny decoder
+    python benchmarks/embedded_model.py --vae_only --tiny_vae DIR/taew2_1.safetensors --out DIR/gate.json
     python benchmarks/embedded_model.py --device cpu --fps_only       # frames per second on this machine's CPU
 
 Figures are written as they come; a section that is already in --out, with the same settings and the same weights of

@@ -1,12 +1,12 @@
 """train.py and scripts/export_model.py: the doors, on the smallest VAE and transformer there are."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from tests.scripts.loading import load_script
 from utils.checkpoint import load_generator
 from utils.config import load_config
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
@@ -29,10 +29,7 @@ def toy_sizes(monkeypatch):
 
 
 def export_main(arguments: list[str]) -> int:
-    spec = importlib.util.spec_from_file_location("export_model", ROOT / "scripts" / "export_model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main(arguments)
+    return load_script(ROOT / "scripts" / "export_model.py").main(arguments)
 
 
 def run(config: str, logdir: Path, *more: str) -> int:
@@ -106,6 +103,18 @@ def test_every_recipe_on_clips_takes_its_steps(recipe: str, puppets, tmp_path: P
     assert "student/loss" in metrics and ("critic/logits_real" in metrics) == recipe.endswith("gan")
 
 
+@pytest.mark.parametrize("recipe", ["puppet_ode", "ode_init"])
+def test_ode_pairs_are_made_and_learned_from(recipe: str, puppets, tmp_path: Path):
+    settings = [*DIT, f"model_name={puppets['causal']}", "model_kwargs.local_attn_size=3", "num_training_frames=6"]
+    settings += ["data.text_cache=null", f"data.path={tmp_path / 'pairs'}", "total_batch_size=null", "device=cpu"]
+    config = ["--config_path", f"configs/{recipe}.yaml", *settings]
+    script = load_script(ROOT / "scripts" / "generate_ode_pairs.py")
+    assert script.main([*config, "--causal_teacher", "--puppet_captions", "4", "--steps", "4"]) == 0
+    assert run(recipe, tmp_path / "run", *settings) == 0
+    assert (tmp_path / "run" / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    assert "student/loss_state_3" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_running_again_resumes(tmp_path: Path):
     assert run("puppet_vae", tmp_path, *VAE) == 0
     assert run("puppet_vae", tmp_path, *VAE, "max_steps=3") == 0
@@ -143,6 +152,11 @@ def test_no_save(tmp_path: Path):
         (
             ["--config_path", "configs/puppet_gan.yaml", "data.kind=prompts", "data.path=prompts/puppet_world.txt"],
             "this objective learns from clips; set data.kind to puppet",
+        ),
+        (["--config_path", "configs/puppet_ode.yaml", "data.path=nowhere"], "nowhere holds no ode pairs"),
+        (
+            ["--config_path", "configs/puppet_ode.yaml", "data.kind=puppet", "data.path=null"],
+            "from trajectories",
         ),
         (["--config_path", "configs/puppet_gan.yaml", "distillation.fake_name=nobody"], "no model 'nobody'"),
     ],

@@ -5,6 +5,7 @@ from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.gan import GANTrainer
+from trainer.ode import ODETrainer
 from trainer.text import TextTrainer
 from trainer.tiny_vae import TinyVAETrainer
 from trainer.vae import VAETrainer
@@ -14,6 +15,7 @@ TRAINERS: dict[str, type[Trainer]] = {
     "tiny_vae": TinyVAETrainer,
     "text": TextTrainer,
     "diffusion": DiffusionTrainer,
+    "ode": ODETrainer,
     "consistency": ConsistencyTrainer,
     "score_distillation": ScoreDistillationTrainer,
     "gan": GANTrainer,

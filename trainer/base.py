@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from trainer.plan import plan_training
 from utils.checkpointer import Checkpointer
 from utils.config import Config, ConfigError, config_hash, dump
 from utils.distributed import Ranks, Rngs, SampleRngs, barrier, broadcast_value, mix_seed, ranks_per_node
+from utils.report import write_report
 from utils.sharding import Sharding, distribute, dress, local, make_mesh, whole
 from utils.tracking import Tracker
 from utils.training_state import TrainingState, open_training_state, save_compact_state
@@ -108,19 +109,24 @@ class Trainer(ABC):
 
     # --- the loop ---
 
-    def train(self, *, save: bool = True, visualize: bool = True) -> None:
-        """Run to the end, from where the run folder stands. save: write states and the export; visualize: evaluate."""
+    def train(
+        self, *, save: bool = True, visualize: bool = True, on_step: Callable[["Trainer"], None] = lambda run: None
+    ) -> None:
+        """Run to the end, from where the run folder stands.
+
+        save: write states and the export; visualize: evaluate; on_step: called after every step.
+        """
         self.resume()
         if not self.finished():
             self.plan()
             self.start()
         try:
-            self._train(save, visualize)
+            self._train(save, visualize, on_step)
         except BaseException:
             self.checkpointer.settle()
             raise
 
-    def _train(self, save: bool, visualize: bool) -> None:
+    def _train(self, save: bool, visualize: bool, on_step: Callable[["Trainer"], None]) -> None:
         settings = self.config.logging
         log_step, log_time = self.step, time.monotonic()
         self.saved_clock = self.clock
@@ -130,6 +136,7 @@ class Trainer(ABC):
             self.step += 1
             self.after_step()
             self.look_at_clock()
+            on_step(self)
             last = self.finished()
             if self.step % settings.log_iters == 0 or last:
                 self.report(metrics, (time.monotonic() - log_time) / (self.step - log_step))
@@ -140,6 +147,8 @@ class Trainer(ABC):
             if visualize and (last or (settings.sample_iters and self.step % settings.sample_iters == 0)):
                 self.judge()
         self.checkpointer.wait()
+        if self.tracker is not None:
+            logger.info("curves in %s", write_report(self.run_dir))
         if save and self.takes_part:
             self.export_averages(self.run_dir / "export")
         barrier(self.ranks)
@@ -334,9 +343,9 @@ class Trainer(ABC):
                     state[name] = full.bfloat16().cpu()
         return state
 
-    def resume(self) -> None:
-        """Go on from the newest state in the run folder, if there is one."""
-        stored = open_training_state(self.run_dir)
+    def resume(self, state: str | None = None) -> None:
+        """Go on from the newest state in the run folder, or from the one of that folder name, if there is one."""
+        stored = open_training_state(self.run_dir, state)
         if stored is None:
             return
         if stored.facts["trainer"] != self.name:

@@ -9,19 +9,19 @@ import torch
 
 from pipeline.samplers import few_step_times
 from utils.config import Config, ConfigError
-from utils.dataset import Samples, TrainingData
+from utils.dataset import Samples, TrainingData, upload
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
 from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
 from utils.scheduler import FlowMatchScheduler
-from utils.shards import read_items
+from utils.shards import Shards
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
 from utils.video_folder import ClipShape, about, encode_videos, scan_videos
 from utils.wan_wrapper import WanVAEWrapper
-from wan.configs import VAE_FILES, find_model_file, find_model_folder
+from wan.configs import TEXT_ENCODER_FILES, VAE_FILES, find_model_file, find_model_folder
 from wan.modules.text_encoder import TextTokenizer
 from wan.modules.vae import WanVAE
 from world.captions import captions
@@ -101,7 +101,7 @@ class DataSource:
         if self.cache is not None:
             return self.cache(prompts)
         ids, mask = self.tokenizer(list(prompts))
-        return Samples(ids.to(self.ranks.device), mask.to(self.ranks.device))
+        return Samples(upload(ids, self.ranks.device), upload(mask, self.ranks.device))
 
     def sample_prompts(self, count: int) -> list[str]:
         """At most so many prompts for contact sheets, the same ones all through a run."""
@@ -122,7 +122,9 @@ class DataSource:
             return self._puppets(split, self.ranks.rank, settings.pool_size, settings.min_fill)
         if settings.kind == "ode_pairs":
             folder, dataset = Path(settings.path), ODEPairs
+            weights = find_model_file(text_encoder_home(config), TEXT_ENCODER_FILES)
             expected = trajectories_about(config, causal=config.teacher_forcing)
+            expected["text_encoder"] = fingerprint(weights)  # words of another one mean something else
         else:
             folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder
             expected = latents_about(config, self.vae_folder)
@@ -172,7 +174,8 @@ def run_prompts(config: Config) -> list[str]:
     elif settings.kind == "videos":
         prompts = [video.prompt for video in scan_videos(settings.path)[0]]
     else:
-        prompts = [item.row["prompt"] for item in read_items(Path(settings.path))]
+        kind = ODEPairs.kind if settings.kind == "ode_pairs" else LatentFolder.kind
+        prompts = [item.row["prompt"] for item in Shards(settings.path, kind).items]
     shown = read_prompts(settings.sample_prompts) if settings.sample_prompts else []
     return [config.negative_prompt, *prompts, *(prompt.text for prompt in shown)]
 

@@ -22,7 +22,7 @@ from utils.distributed import Rngs, SampleRngs, barrier
 from utils.sharding import whole_state
 from utils.text_cache import TextEncoderFiles
 from utils.training_state import has_training_state
-from utils.video import contact_sheet
+from utils.video import contact_sheet, write_video
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (
     TEXT_ENCODER_FILES,
@@ -275,7 +275,7 @@ class LatentTrainer(Trainer):
         return self.config.num_training_frames
 
     def sample(self, path: Path) -> None:
-        """A contact sheet of the same prompts and seeds all through the run, with the inference pipeline."""
+        """Videos and a contact sheet of the same prompts and seeds all through the run, with the inference pipeline."""
         config = self.config
         prompts = self.source.sample_prompts(NUM_SAMPLES)
         vae = WanVAEWrapper(str(self.folder), device=self.device)
@@ -291,6 +291,10 @@ class LatentTrainer(Trainer):
         if self.ranks.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(path, list(videos), prompts)
+            for number, video in enumerate(videos):
+                write_video(path.with_name(f"{path.stem}_{number}.mp4"), video, config.fps)
+            if self.tracker is not None:
+                self.tracker.show(sorted(path.parent.glob(f"{path.stem}*")), self.step)
 
     def export(self, folder: Path) -> None:
         """The rest of the model folder, in bfloat16 and under Wan's names."""

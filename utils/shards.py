@@ -2,14 +2,16 @@
 
     folder/
       about.json            what the tensors are and what made them; nothing else is ever added to this folder
-      shard-000000.jsonl    one line per item: {"key": "...", "prompt": "...", ...}
-      shard-000000.safetensors    tensors "0.latents", "1.latents", ...: item n of the shard, by name
+      shard-000000-5f0c1b2e.jsonl           one line per item: {"key": "...", "prompt": "...", ...}
+      shard-000000-5f0c1b2e.safetensors     tensors "0.clip0", "1.clip0", ...: item n of the shard, by name
 
 A shard counts from the moment its .jsonl appears, which is written last; both appear by renaming a finished file. So a
 process killed at any moment leaves whole shards only, and a run that goes on makes exactly the items that no index
-lists, on however many processes.
+lists, on however many processes. Names end in a hash of the keys: two runs that fill one folder at a time may do some
+work twice, but never write into each other's shards.
 """
 
+import hashlib
 import json
 import logging
 import time
@@ -85,7 +87,7 @@ class ShardWriter:
         check_about(self.folder, read_about(self.folder, self.about["kind"]), self.about)
         items = read_items(self.folder)
         self.done = {item.row["key"] for item in items}
-        self.next_shard = 1 + max((int(item.shard.stem.removeprefix("shard-")) for item in items), default=-1)
+        self.next_shard = 1 + max((int(item.shard.stem.split("-")[1]) for item in items), default=-1)
         barrier(self.ranks)  # every rank has read the same folder before the first one writes
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -118,7 +120,8 @@ class ShardWriter:
                 rows.append({"key": key, **row})
         if not rows:
             return
-        path = self.folder / f"shard-{number:06d}.safetensors"
+        digest = hashlib.sha256("\n".join(row["key"] for row in rows).encode()).hexdigest()[:8]
+        path = self.folder / f"shard-{number:06d}-{digest}.safetensors"
         save_safetensors(tensors, path)
         _write_text(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -135,13 +138,14 @@ def read_about(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """All lines of all indices, shard by shard."""
-    items = []
+    """All lines of all indices, shard by shard; of two items with one key the first."""
+    items: dict[str, Item] = {}
     for path in sorted(folder.glob("shard-*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
         shard = path.with_suffix(".safetensors")
-        items += [Item(_parse(path, line, number), shard, number) for number, line in enumerate(lines)]
-    return items
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            row = _parse(path, line, number)
+            items.setdefault(row["key"], Item(row, shard, number))
+    return list(items.values())
 
 
 def check_about(folder: Path, about: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ class Tracker:
         if self.wandb_run is not None:
             self.wandb_run.log(values, step=step)
         return values
+
+    def show(self, files: Iterable[Path], step: int) -> None:
+        """Pictures (.png) and videos (.mp4) of the run folder, to Weights & Biases too, if asked."""
+        if self.wandb_run is not None:
+            kinds = {".png": _wandb().Image, ".mp4": _wandb().Video}
+            media = {f"samples/{file.name}": kinds[file.suffix](str(file)) for file in files}
+            self.wandb_run.log(media, step=step)
 
     def close(self) -> None:
         self.file.close()

@@ -145,6 +145,21 @@ def test_only_the_end_of_a_long_clip_learns():
     assert torch.equal(trajectory.latents, inference(pipeline, STEPS[:1]))
 
 
+@pytest.mark.parametrize("clean_context", [True, False])
+def test_mixed_precision_leaves_no_parameter_behind(clean_context: bool):
+    """Autocast keeps cast weights: those that a step without gradient cast must not serve the exit step."""
+    gradients = []
+    for half in (False, True):
+        pipeline = make_pipeline(clean_context=clean_context, cache_dtype=torch.bfloat16 if half else None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            latents = walk(pipeline, 2).latents
+        assert latents.dtype == torch.float32
+        latents.square().mean().backward()
+        gradients.append({name: p.grad for name, p in pipeline.generator.named_parameters()})
+    whole, rounded = (torch.cat([grad.flatten() for grad in each.values()]) for each in gradients)
+    assert (whole - rounded).norm() < 0.03 * whole.norm()
+
+
 def test_without_gradient_nothing_carries_one():
     with torch.no_grad():
         assert not walk(make_pipeline(), 2).latents.requires_grad

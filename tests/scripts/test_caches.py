@@ -57,6 +57,7 @@ def test_mistakes_are_one_sentence(tmp_path, config, capsys):
     for main, settings, said in [
         (cache_text, ["data.kind=prompts", "data.path=none.txt"], "data.text_cache is not set; say where to"),
         (cache_text, ["data.kind=prompts", "data.path=none.txt", "data.text_cache=x"], "none.txt: no such file"),
+        (cache_text, ["data.kind=latents", "data.path=none", "data.text_cache=x"], "none holds no latents"),
         (cache_latents, [], "data.kind is puppet, which needs no encoding; set data.kind=videos"),
         (cache_latents, ["data.kind=videos", "data.path=none"], "none: no such folder"),
     ]:

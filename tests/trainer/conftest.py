@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts.loading import load_script
 from tests.trainer.toy import ALONE, SIZES, make, small_tokenizer
 from trainer.diffusion import DiffusionTrainer
 from trainer.vae import VAETrainer
@@ -43,3 +44,20 @@ def folders(tmp_path_factory, vae_folder: Path, toy_sizes) -> tuple[Path, Path]:
         bidirectional = ["causal=false", "teacher_forcing=false", "train_text_encoder=false", words, "max_steps=2"]
         make(DiffusionTrainer, teacher, vae_folder, *bidirectional).train(visualize=False)
     return causal / "export", teacher / "export"
+
+
+@pytest.fixture
+def pairs(tmp_path_factory, folders: tuple[Path, Path]) -> tuple[Path, Path]:
+    """Trajectories of the causal model given its own past, and of the bidirectional teacher."""
+    home = tmp_path_factory.getbasetemp() / "pairs"
+    settings = [f"model_name={folders[0]}", "height=32", "width=32", "num_training_frames=6", "device=cpu"]
+    settings += ["denoising_step_list=[1000,500]", "model_kwargs.local_attn_size=6"]
+    if not home.is_dir():
+        home.mkdir()
+        (home / "student.yaml").write_text("trainer: ode\n")
+        script = load_script(Path(__file__).parents[2] / "scripts" / "generate_ode_pairs.py")
+        common = ["--config_path", str(home / "student.yaml"), "--puppet_captions", "6", "--steps", "4", *settings]
+        assert script.main([*common, "--causal_teacher", "--output", str(home / "causal")]) == 0
+        bidirectional = [f"distillation.real_name={folders[1]}", "--output", str(home / "bidirectional")]
+        assert script.main([*common, *bidirectional]) == 0
+    return home / "causal", home / "bidirectional"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import train
-from tests.trainer.toy import TOY, make, state
+from tests.trainer.toy import TOY, make, make_student, state
 from trainer.data import latent_cache, vae_fingerprint
 from trainer.diffusion import DiffusionTrainer
+from trainer.distillation import ScoreDistillationTrainer
 from utils.config import ConfigError, load_config
 from utils.distributed import Rngs, SampleRngs
 from utils.shards import Shards, ShardWriter
@@ -148,6 +149,29 @@ def test_words_alone(tmp_path, vae_folder):
         make(DiffusionTrainer, tmp_path / "c", vae_folder, *settings)
 
 
+def test_score_distillation_from_prompts_without_an_encoder(tmp_path, folders, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
+    settings = ["data.kind=prompts", f"data.path={tmp_path / 'prompts.txt'}", "negative_prompt=bad", "max_steps=2"]
+    cached = [*settings, f"data.text_cache={tmp_path / 'words'}"]
+    resident = make_student(ScoreDistillationTrainer, tmp_path / "a", folders, *settings)
+    filling = make_student(ScoreDistillationTrainer, tmp_path / "b", folders, *cached)
+    for trainer in (resident, filling):
+        trainer.start()
+    caplog.clear()
+    trainer = make_student(ScoreDistillationTrainer, tmp_path / "b", folders, *cached)
+    trainer.start()
+    assert not any("text encoder" in message for message in caplog.messages)
+    rngs = [SampleRngs(Rngs(0, 0, torch.device("cpu"), stream=1), range(4)) for _ in range(2)]
+    one, other = resident.prepare(rngs[0]), trainer.prepare(rngs[1])
+    for name in ("conditioning", "negative"):
+        mine, theirs = (getattr(batch, name).prompt_embeds.float() for batch in (one, other))
+        torch.testing.assert_close(mine, theirs, atol=0.02, rtol=0.02)
+    assert one.clean_latent is None and other.clean_latent is None
+    trainer.train(visualize=False)
+    assert state(tmp_path / "b")
+
+
 def test_a_held_out_loss_where_videos_are_many(tmp_path, vae_folder):
     def clips(keys):
         for key in keys:
@@ -168,6 +192,7 @@ def test_a_held_out_loss_where_videos_are_many(tmp_path, vae_folder):
     [
         (["data.kind=videos"], "data.kind is videos, but data.path does not say where they are; set data.path"),
         (["data.kind=vidoes", "data.path=x"], "data.kind"),
+        (["trainer=vae", "data.kind=videos", "data.path=x"], "trainer vae learns from puppets; leave it out"),
         (["data.path=x"], "data.path is x, but data.kind is puppet, which reads no files"),
         (["data.text_cache=x"], "whose captions are new in every step"),
         (["data.kind=prompts", "data.path=x", "data.text_cache=x", "train_text_encoder=true"], "set one of them"),

@@ -93,12 +93,16 @@ def run_on_drawn_data(folder: Path, folders: tuple[Path, Path], *overrides: str,
     (folder / f"exits_{ranks.rank}.json").write_text(json.dumps(exits))
 
 
-STRATEGIES = ["no_shard", "full"]
+FOUR_STEPS = "denoising_step_list=[1000,750,500,250]"
+CASES = {  # strategy of two ranks, and the loss
+    "replicas": ("no_shard", "dmd"),
+    "shards": ("full", "dmd"),
+    "shards and a loss that goes back through the critic": ("full", "sid"),
+}
 
 
 def test_two_ranks_are_one_process(tmp_path: Path, folders):
     """Replicated or sharded, each with half of the batch; and both leave their rollouts at the same steps."""
-    run_on_drawn_data(tmp_path / "one", folders, "batch_size=2", "denoising_step_list=[1000,750,500,250]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,15 +110,16 @@ def test_two_ranks_are_one_process(tmp_path: Path, folders):
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, tmp_path, *folders], check=True, timeout=240, cwd=root, env=environment)
-    one = state(tmp_path / "one")
-    for strategy in STRATEGIES:
-        two = state(tmp_path / strategy)
+    for loss in ("dmd", "sid"):
+        run_on_drawn_data(tmp_path / loss, folders, "batch_size=2", FOUR_STEPS, f"distribution_loss={loss}")
+    for case, (_, loss) in CASES.items():
+        one, two = state(tmp_path / loss), state(tmp_path / case)
         assert one.keys() == two.keys()
         for name, tensor in one.items():
             if "/exp_avg/" in name:  # the gradients
                 torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-        exits = [json.loads((tmp_path / strategy / f"exits_{rank}.json").read_text()) for rank in range(2)]
-        assert exits[0] == exits[1] == json.loads((tmp_path / "one" / "exits_0.json").read_text())
+        exits = [json.loads((tmp_path / case / f"exits_{rank}.json").read_text()) for rank in range(2)]
+        assert exits[0] == exits[1] == json.loads((tmp_path / loss / "exits_0.json").read_text())
 
 
 def test_the_export_is_a_few_step_model(tmp_path: Path, folders):
@@ -159,7 +164,7 @@ if __name__ == "__main__":  # what torchrun starts in the two-rank test
     torch.set_num_threads(1)
     two_ranks = init_distributed("cpu")
     home, causal, teacher = map(Path, sys.argv[1:])
-    for sharding in STRATEGIES:
-        options = ["batch_size=1", "denoising_step_list=[1000,750,500,250]", f"sharding_strategy={sharding}"]
-        run_on_drawn_data(home / sharding, (causal, teacher), *options, ranks=two_ranks)
+    for case, (strategy, loss) in CASES.items():
+        options = ["batch_size=1", FOUR_STEPS, f"sharding_strategy={strategy}", f"distribution_loss={loss}"]
+        run_on_drawn_data(home / case, (causal, teacher), *options, ranks=two_ranks)
     shutdown()

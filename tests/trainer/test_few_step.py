@@ -13,48 +13,57 @@ from tests.trainer.toy import ALONE, DrawnData, make_student, state
 from trainer.base import Trainer
 from trainer.consistency import ConsistencyTrainer
 from trainer.gan import GANTrainer
+from trainer.ode import ODETrainer
 from utils.distributed import Ranks, init_distributed, shutdown
 
 pytestmark = pytest.mark.usefixtures("toy_sizes")
 
 RECIPES: dict[str, tuple[type[Trainer], list[str]]] = {
+    "ode": (ODETrainer, ["teacher_forcing=false", "data.kind=ode_pairs"]),
     "consistency": (ConsistencyTrainer, ["consistency.causal_teacher=false"]),
     "gan": (GANTrainer, ["gan.r1_weight=0.1", "gan.r2_weight=0.1", "gan.denoising_weight=0.5", "gan.d_weight=1"]),
 }
 
 
-def make(name: str, folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> Trainer:
+@pytest.fixture
+def models(folders, pairs) -> list[Path]:
+    """The causal model, its bidirectional teacher, and the latter's trajectories."""
+    return [*folders, pairs[1]]
+
+
+def make(name: str, folder: Path, models: list[Path], *overrides: str, ranks: Ranks = ALONE) -> Trainer:
     recipe, settings = RECIPES[name]
-    return make_student(recipe, folder, folders, *settings, *overrides, ranks=ranks)
+    settings = [*settings, f"data.path={models[2]}"] if name == "ode" else settings
+    return make_student(recipe, folder, tuple(models[:2]), *settings, *overrides, ranks=ranks)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_resumed_is_uninterrupted(name: str, tmp_path: Path, folders):
-    make(name, tmp_path / "whole", folders, "max_steps=4").train(visualize=False)
-    make(name, tmp_path / "parts", folders, "max_steps=2").train(visualize=False)
-    make(name, tmp_path / "parts", folders, "max_steps=4").train(visualize=False)
+def test_resumed_is_uninterrupted(name: str, tmp_path: Path, models):
+    make(name, tmp_path / "whole", models, "max_steps=4").train(visualize=False)
+    make(name, tmp_path / "parts", models, "max_steps=2").train(visualize=False)
+    make(name, tmp_path / "parts", models, "max_steps=4").train(visualize=False)
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_checkpointing_changes_nothing(name: str, tmp_path: Path, folders):
+def test_checkpointing_changes_nothing(name: str, tmp_path: Path, models):
     for checkpointing in ("true", "false"):
         settings = [f"gradient_checkpointing={checkpointing}", "max_steps=2"]
-        make(name, tmp_path / checkpointing, folders, *settings).train(visualize=False)
+        make(name, tmp_path / checkpointing, models, *settings).train(visualize=False)
     on, off = state(tmp_path / "true"), state(tmp_path / "false")
     assert all(torch.equal(on[key], off[key]) for key in on)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_accumulated_passes_are_one_large_batch(name: str, tmp_path: Path, folders):
-    make(name, tmp_path / "large", folders, "max_steps=1", "batch_size=4").train(visualize=False)
-    make(name, tmp_path / "small", folders, "max_steps=1", "total_batch_size=4").train(visualize=False)
+def test_accumulated_passes_are_one_large_batch(name: str, tmp_path: Path, models):
+    make(name, tmp_path / "large", models, "max_steps=1", "batch_size=4").train(visualize=False)
+    make(name, tmp_path / "small", models, "max_steps=1", "total_batch_size=4").train(visualize=False)
     same_gradients(state(tmp_path / "large"), state(tmp_path / "small"))
 
 
-def test_two_ranks_are_one_process(tmp_path: Path, folders):
+def test_two_ranks_are_one_process(tmp_path: Path, models):
     """Replicated or sharded, each rank with half of the batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,9 +71,9 @@ def test_two_ranks_are_one_process(tmp_path: Path, folders):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path, *folders], check=True, timeout=240, cwd=root, env=environment)
+    subprocess.run([*command, tmp_path, *models], check=True, timeout=240, cwd=root, env=environment)
     for name in RECIPES:
-        on_drawn_data(name, tmp_path / name / "one", folders, "batch_size=2")
+        on_drawn_data(name, tmp_path / name / "one", models, "batch_size=2")
         for strategy in STRATEGIES:
             same_gradients(state(tmp_path / name / "one"), state(tmp_path / name / strategy))
 
@@ -72,9 +81,9 @@ def test_two_ranks_are_one_process(tmp_path: Path, folders):
 STRATEGIES = ["no_shard", "full"]
 
 
-def on_drawn_data(name: str, folder: Path, folders: tuple[Path, Path], *overrides: str, ranks: Ranks = ALONE) -> None:
-    trainer = make(name, folder, folders, "max_steps=1", *overrides, ranks=ranks)
-    trainer.source.open = DrawnData
+def on_drawn_data(name: str, folder: Path, models: list[Path], *overrides: str, ranks: Ranks = ALONE) -> None:
+    trainer = make(name, folder, models, "max_steps=1", *overrides, ranks=ranks)
+    trainer.source.open = lambda: DrawnData(3) if name == "ode" else DrawnData()
     trainer.train(visualize=False)
 
 
@@ -90,9 +99,9 @@ def same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
 if __name__ == "__main__":  # what torchrun starts in the two-rank test
     torch.set_num_threads(1)
     two_ranks = init_distributed("cpu")
-    home, *models = map(Path, sys.argv[1:])
+    home, *made = map(Path, sys.argv[1:])
     for recipe_name in RECIPES:
         for sharding in STRATEGIES:
             options = ["batch_size=1", f"sharding_strategy={sharding}"]
-            on_drawn_data(recipe_name, home / recipe_name / sharding, tuple(models), *options, ranks=two_ranks)
+            on_drawn_data(recipe_name, home / recipe_name / sharding, made, *options, ranks=two_ranks)
     shutdown()

@@ -45,10 +45,17 @@ def make_student(
 
 
 class DrawnData(TrainingData):
-    """Latents and prompt embeddings that are a function of the sample, whoever draws it."""
+    """Latents and prompt embeddings that are a function of the sample, whoever draws it.
+
+    states: of a trajectory in front of each clip; none for plain clips.
+    """
+
+    def __init__(self, *states: int):
+        self.states = states
 
     def draw(self, rngs: SampleRngs) -> Samples:
-        return Samples(prompt_embeds=rngs.randn(SIZES.text_len, SIZES.text_dim), latents=rngs.randn(6, 4, 4, 4))
+        words = rngs.randn(SIZES.text_len, SIZES.text_dim)
+        return Samples(prompt_embeds=words, latents=rngs.randn(*self.states, 6, 4, 4, 4))
 
 
 def state(folder: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -75,9 +76,10 @@ def test_gone_on_with_is_made_in_one_go(tmp_path, after):
 
 def test_a_shard_without_its_index_does_not_exist(tmp_path):
     writer(tmp_path).fill(KEYS, make)
-    (tmp_path / "shard-000003.jsonl").unlink()  # as if killed between the two renames
+    (last,) = tmp_path.glob("shard-000003-*.jsonl")
+    last.unlink()  # as if killed between the two renames
     assert writer(tmp_path).missing(KEYS) == [KEYS[7], *KEYS[9:]]
-    (tmp_path / "shard-000003.safetensors").write_bytes(b"torn")
+    last.with_suffix(".safetensors").write_bytes(b"torn")
     writer(tmp_path).fill(KEYS, make)
     assert len(content(tmp_path)) == 10
 
@@ -88,6 +90,27 @@ def test_new_items_join_old_ones(tmp_path):
     writer(tmp_path).fill([*KEYS, KEYS[0]], make)
     writer(tmp_path / "whole").fill(KEYS, make)
     assert content(tmp_path) == content(tmp_path / "whole")
+
+
+def test_two_runs_at_a_time_keep_out_of_each_others_shards(tmp_path):
+    first, second = writer(tmp_path), writer(tmp_path)  # both saw an empty folder
+    first.fill(KEYS[:8], make)
+    second.fill(KEYS[2:], make)
+    writer(tmp_path / "whole").fill(KEYS, make)
+    assert content(tmp_path) == content(tmp_path / "whole")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_torn(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written: .*; make room and run again"):
+            writer(tmp_path).fill(KEYS, lambda keys: (({}, {"x": torch.zeros(1000)}) for _ in keys))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
+    writer(tmp_path).fill(KEYS, make)
+    assert len(content(tmp_path)) == 10
 
 
 SCRIPT = """
@@ -140,11 +163,11 @@ def test_refusals_say_what_to_do(tmp_path):
         Shards(tmp_path, "letters")
     with pytest.raises(ValueError, match=r"was made with sizes \[2, 3\], this run has \[2, 4\]; give another folder"):
         writer(tmp_path, sizes=(2, 4))
-    shard = tmp_path / "shard-000001.safetensors"
+    (shard,) = tmp_path.glob("shard-000001-*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1000])
     shards = Shards(tmp_path, "numbers")
-    with pytest.raises(ValueError, match=r"damaged or missing .* delete shard-000001.jsonl"):
+    with pytest.raises(ValueError, match=r"damaged or missing .* delete shard-000001-\w+.jsonl"):
         shards.read(shards.items[3], "x")
     shard.with_suffix(".jsonl").write_text(json.dumps({"key": "a"}) + "\n{")
-    with pytest.raises(ValueError, match=r"shard-000001.jsonl, line 2 is damaged"):
+    with pytest.raises(ValueError, match=r"shard-000001-\w+.jsonl, line 2 is damaged"):
         Shards(tmp_path, "numbers")

@@ -28,12 +28,15 @@ def test_wandb_gets_the_same_numbers(tmp_path: Path, monkeypatch):
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
     )
-    fake = types.SimpleNamespace(init=lambda **options: logged.append(options["mode"]) or run)
+    kinds = {"Image": lambda path: ("picture", path), "Video": lambda path: ("video", path)}
+    fake = types.SimpleNamespace(init=lambda **options: logged.append(options["mode"]) or run, **kinds)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     tracker = Tracker(tmp_path, wandb=True, mode="offline")
     tracker.log({"loss": 1}, 3)
+    tracker.show([Path("a.png"), Path("b.mp4")], 4)
     tracker.close()
-    assert logged == ["offline", (3, {"loss": 1.0}), "end"]
+    media = {"samples/a.png": ("picture", "a.png"), "samples/b.mp4": ("video", "b.mp4")}
+    assert logged == ["offline", (3, {"loss": 1.0}), (4, media), "end"]
 
 
 def test_missing_wandb_is_told(tmp_path: Path, monkeypatch):

@@ -6,7 +6,7 @@ from zipfile import is_zipfile
 
 import torch
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,8 +67,17 @@ def load_weights(
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors (cast to `dtype`) atomically: a broken-off write leaves no file under the final name."""
+    """Write tensors (cast to `dtype`) atomically: a broken-off write leaves no file under the final name.
+
+    OSError where there is no room, or nothing may be written.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}, partial)
+    own = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(own, partial)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        size = sum(tensor.nbytes for tensor in own.values())
+        raise OSError(f"{path} ({size / 1e9:.2f} GB) could not be written: {error}; make room and run again") from error
     partial.replace(path)

@@ -1,0 +1,323 @@
+"""The train-test gap: what happens to a stream that goes on three, and twelve, times as long as the training clips.
+
+    python benchmarks/train_test_gap.py --start wan_models/puppet-tiny --teacher logs/puppet_teacher/export \
+        --ode_pairs data/puppet_ode_pairs --seconds 600 --docs docs
+
+Every method starts from the same many-step model, sees the same puppets and learns for the same --seconds on the same
+GPUs; self-forcing spends a share of them on its ODE initialisation. What they have in common, teacher and ODE pairs, is
+not counted. Each then streams held-out prompts, and the judges read three horizons of the same stream: FWD (Frechet
+distance to true puppets of the same moments), accuracies, flicker. A figure is the mean over groups (training seed x
+sampling seed: other scenes, other noise) with its standard error. Everything is kept below --work, so that an
+interrupted experiment goes on where it stopped. --given dmd=FOLDER measures a model that is there already.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, the repository is not on the path yet
+
+import train  # noqa: E402
+from benchmarks.embedded_model import describe_machine  # noqa: E402
+from benchmarks.gap_figures import FIGURES, accuracy_drop, beats, plot, summary, table  # noqa: E402
+from pipeline.build import build_pipeline  # noqa: E402
+from utils.config import Config, load_config  # noqa: E402
+from utils.fingerprint import fingerprint  # noqa: E402
+from world.captions import captions  # noqa: E402
+from world.evaluate import contact_sheet, features_of, measure, to_bytes  # noqa: E402
+from world.judges import DEFAULT_FOLDER, Judges, load_judges  # noqa: E402
+from world.puppet import Scenes, sample_scenes  # noqa: E402
+from world.render import render  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+SCENE_SEED, REFERENCE_SEED = 505, 606  # plus the sampling seed
+BASELINE, CHAMPION = "teacher_forcing", "self_forcing_dmd"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of train.py: a config, its share of the method's time, settings over the config's."""
+
+    config: str
+    share: float = 1.0
+    overrides: tuple[str, ...] = ()
+
+
+ODE_FIRST = Stage("puppet_ode", 0.3)
+METHODS: dict[str, tuple[Stage, ...]] = {
+    "teacher_forcing": (Stage("puppet_diffusion", overrides=("from_scratch=false",)),),
+    "diffusion_forcing": (Stage("puppet_diffusion_forcing"),),
+    "ode_init": (Stage("puppet_ode"),),
+    "self_forcing_dmd": (ODE_FIRST, Stage("puppet_dmd", 0.7)),
+    "self_forcing_sid": (ODE_FIRST, Stage("puppet_sid", 0.7)),
+    "self_forcing_gan": (ODE_FIRST, Stage("puppet_gan", 0.7)),
+}
+
+
+# --- training ---
+
+
+def trained(method: str, seed: int, args: argparse.Namespace) -> Path:
+    """The method's model folder, after training what is not there yet. Stages that methods share are run once."""
+    if method in args.given:
+        return Path(args.given[method])
+    model = args.start
+    name = ""
+    for stage in METHODS[method]:
+        name += f"{'-' if name else ''}{stage.config}_{stage.share:g}"
+        run_dir = args.work / "runs" / f"{name}_seed{seed}"
+        arguments = ["--config_path", f"configs/{stage.config}.yaml", "--logdir", str(run_dir), "--no_visualize"]
+        arguments += [*length(stage, args), f"seed={seed}", f"model_name={model}", *helpers(stage, args)]
+        launch([*arguments, *stage.overrides, *args.overrides], args.num_gpus)
+        model = run_dir / "export"
+    return Path(model)
+
+
+def length(stage: Stage, args: argparse.Namespace) -> list[str]:
+    """Equal time, or equal steps where there is no time to speak of."""
+    if args.steps is not None:
+        return ["max_seconds=null", f"max_steps={max(1, round(stage.share * args.steps))}"]
+    return ["max_steps=null", f"max_seconds={stage.share * args.seconds}"]
+
+
+def helpers(stage: Stage, args: argparse.Namespace) -> list[str]:
+    """Settings that name the teacher and the ODE pairs, where a stage needs them."""
+    if stage.config in ("puppet_dmd", "puppet_sid"):
+        return [f"distillation.real_name={needed(args.teacher, 'teacher')}"]
+    if stage.config == "puppet_gan":
+        return [f"distillation.fake_name={needed(args.teacher, 'teacher')}"]
+    if stage.config == "puppet_ode":
+        return [f"data.path={needed(args.ode_pairs, 'ode_pairs')}"]
+    return []
+
+
+def needed(path: Path | None, what: str) -> Path:
+    remedy = {
+        "teacher": "train one with configs/puppet_teacher.yaml and give its export/ folder",
+        "ode_pairs": "make them with scripts/generate_ode_pairs.py and configs/puppet_ode.yaml",
+    }
+    if path is None or not path.is_dir():
+        raise ValueError(f"--{what} is {path}, but these methods need it: {remedy[what]}")
+    return path
+
+
+def launch(arguments: list[str], num_gpus: int) -> None:
+    """train.py: here on one GPU, under torchrun on more. A run that is finished comes back at once."""
+    logger.info("train.py %s", " ".join(arguments))
+    if num_gpus == 1:
+        code = train.main(arguments)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_gpus}"]
+        code = subprocess.run([*torchrun, "train.py", *arguments], cwd=ROOT).returncode
+    if code:
+        raise RuntimeError(f"train.py ended with {code}; what it said stands above")
+
+
+# --- measuring ---
+
+
+def sampler_config(method: str, model: Path, args: argparse.Namespace) -> Config:
+    """How the method's model is sampled: as its last stage says."""
+    stage = METHODS[method][-1]
+    sampling = [f"model_name={model}", "generator_ckpt=null", "use_ema=false", f"device={args.device}"]
+    return load_config(f"configs/{stage.config}.yaml", [*stage.overrides, *args.overrides, *sampling])
+
+
+def passes_per_block(config: Config) -> int:
+    """Network passes that a block of a stream costs."""
+    if config.denoising_step_list:
+        return len(config.denoising_step_list) + (1 if config.clean_context else 0)
+    paths = 1 if config.guidance_scale == 1 else 2
+    return paths * (config.sampling_steps + (1 if config.clean_context else 0))
+
+
+def pixel_span(first: int, last: int) -> slice:
+    """Pictures of latents first .. last - 1: the first latent of a video is one picture, every other four."""
+    return slice(0 if first == 0 else 4 * first - 3, 4 * last - 3)
+
+
+def horizon_spans(args: argparse.Namespace) -> dict[str, slice]:
+    return {f"{first}-{last - 1}": pixel_span(first, last) for first, last in pairwise([0, *args.horizons])}
+
+
+def judged(videos: Tensor, scenes: Scenes, judges: Judges, sample_seed: int, args: argparse.Namespace) -> dict:
+    """Figures of every horizon, each against true puppets of other scenes at the same moments."""
+    others = sample_scenes(len(scenes), REFERENCE_SEED + sample_seed, "heldout")
+    rows = {}
+    for horizon, span in horizon_spans(args).items():
+        features = features_of(truth(others, span, args), judges)
+        figures = measure(videos[:, span], scenes, judges, features, start_frame=span.start)
+        rows[horizon] = {name: figures[name] for name in FIGURES}
+    return rows
+
+
+def truth(scenes: Scenes, span: slice, args: argparse.Namespace) -> Tensor:
+    """True videos of the scenes from span.start on, uint8 on the CPU."""
+    parts = []
+    for first in range(0, len(scenes), args.batch_size):
+        some = scenes.select(slice(first, first + args.batch_size)).to(args.device)
+        parts.append(to_bytes(render(some, span.stop - span.start, span.start, size=args.size) * 0.5 + 0.5).cpu())
+    return torch.cat(parts)
+
+
+def streams(config: Config, prompts: list[str], sample_seed: int, args: argparse.Namespace) -> Tensor:
+    """The model's videos of all horizons, uint8 on the CPU."""
+    pipeline, videos = build_pipeline(config), []
+    for first in range(0, len(prompts), args.batch_size):
+        some = prompts[first : first + args.batch_size]
+        blocks = pipeline.stream(
+            text_prompts=some,
+            seeds=[10_000 * sample_seed + first + i for i in range(len(some))],
+            num_frames=args.horizons[-1],
+            height=args.size,
+            width=args.size,
+        )
+        videos.append(torch.cat([to_bytes(block).cpu() for block in blocks], dim=1))
+        logger.info("%d of %d streams", first + len(some), len(prompts))
+    return torch.cat(videos)
+
+
+def kept(name: str, facts: dict, make: Callable[[], dict], args: argparse.Namespace) -> dict:
+    """Figures that are measured once: read back where they were measured under the same facts."""
+    path = args.work / "figures" / f"{name}.json"
+    facts |= {"n": args.num_prompts, "horizons": args.horizons, "size": args.size, "judges": str(args.judges)}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["facts"] == facts:
+            return known["horizons"]
+    rows = make()
+    write(path, {"facts": facts, "horizons": rows})
+    return rows
+
+
+def group(method: str, model: Path, seed: int, sample_seed: int, judges: Judges, args: argparse.Namespace) -> dict:
+    """Figures of one training seed and one sampling seed, and a contact sheet."""
+    config, name = sampler_config(method, model, args), f"{method}_seed{seed}_sampling{sample_seed}"
+
+    def make() -> dict:
+        scenes, prompts = held_out(sample_seed, args)
+        videos = streams(config, prompts, sample_seed, args)
+        contact_sheet(videos[:6], prompts[:6], args.work / "sheets" / f"{name}.png", frames=12)
+        return judged(videos, scenes, judges, sample_seed, args)
+
+    weights = sorted(model.glob("diffusion_pytorch_model*.safetensors"))
+    return kept(name, {"weights": fingerprint(*weights), "passes": passes_per_block(config)}, make, args)
+
+
+def held_out(sample_seed: int, args: argparse.Namespace) -> tuple[Scenes, list[str]]:
+    scenes = sample_scenes(args.num_prompts, SCENE_SEED + sample_seed, "heldout")
+    return scenes, captions(scenes, SCENE_SEED + sample_seed, full=True)
+
+
+def true_group(sample_seed: int, judges: Judges, args: argparse.Namespace) -> dict:
+    """What the true puppets of the same prompts get: the ceiling."""
+
+    def make() -> dict:
+        scenes, _ = held_out(sample_seed, args)
+        whole = truth(scenes, pixel_span(0, args.horizons[-1]), args)
+        return judged(whole, scenes, judges, sample_seed, args)
+
+    return kept(f"ground_truth_sampling{sample_seed}", {}, make, args)
+
+
+def write(path: Path, content: dict) -> None:
+    """JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--given", nargs="*", default=[], metavar="METHOD=FOLDER", help="models that are trained")
+    parser.add_argument("--start", type=Path, default=Path("wan_models/puppet-tiny"), help="where every method begins")
+    parser.add_argument("--teacher", type=Path, help="model folder of the bidirectional teacher")
+    parser.add_argument("--ode_pairs", type=Path, help="folder of ODE trajectories")
+    parser.add_argument("--seconds", type=float, default=600.0, help="training time of a method")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a method, instead of --seconds")
+    parser.add_argument("--train_seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sample_seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--num_prompts", type=int, default=64, help="streams of a group")
+    parser.add_argument("--horizons", type=int, nargs="+", default=[21, 63, 252], help="latents where horizons end")
+    parser.add_argument("--batch_size", type=int, default=16, help="streams at a time")
+    parser.add_argument("--size", type=int, default=128, help="side of a picture")
+    parser.add_argument("--num_gpus", type=int, default=1, help="for training")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for measuring")
+    parser.add_argument("--judges", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--work", type=Path, default=Path("logs/train_test_gap"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_test_gap.json"))
+    parser.add_argument("--docs", type=Path, help="folder for table and plot, e.g. docs")
+    parser.add_argument("--toy", action="store_true", help="sizes for a CPU: it proves the road, not the claim")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for every run")
+    args = parser.parse_args(argv)
+    args.given = dict(item.split("=", 1) for item in args.given)
+    unknown = sorted(set(args.given) - set(METHODS))
+    if unknown:
+        raise ValueError(f"--given names {', '.join(unknown)}; methods are {', '.join(METHODS)}")
+    if args.toy:
+        args.steps, args.num_prompts, args.batch_size, args.size = args.steps or 2, 2, 2, 32
+        args.horizons, args.sample_seeds = [12, 24], args.sample_seeds[:2]
+        toy = ["height=32", "width=32", "batch_size=2", "compile=false", "num_training_frames=6", "sampling_steps=2"]
+        toy += ["model_kwargs.local_attn_size=6", "data.pool_size=4", "data.min_fill=4", "data.encode_batch_size=2"]
+        args.overrides = [*toy, f"device={args.device}", *args.overrides]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for stage in (stage for method in args.methods if method not in args.given for stage in METHODS[method]):
+        helpers(stage, args)  # what is missing is told before hours of work
+    judges = load_judges(args.judges, args.device)
+    results = {"ground_truth": summary([true_group(seed, judges, args) for seed in args.sample_seeds])}
+    passes: dict[str, int] = {}
+    for method in args.methods:
+        groups = []
+        for seed in [0] if method in args.given else args.train_seeds:
+            model = trained(method, seed, args)
+            groups += [group(method, model, seed, sample, judges, args) for sample in args.sample_seeds]
+            passes[method] = passes_per_block(sampler_config(method, model, args))
+        results[method] = summary(groups)
+        report = conclude(results, passes, args)
+        write(args.out, report)
+    text = table(results, passes)
+    print(text)
+    if args.docs:
+        args.docs.mkdir(parents=True, exist_ok=True)
+        (args.docs / "train_test_gap.md").write_text("# The train-test gap\n\n" + text, encoding="utf-8")
+        plot(args.docs / "train_test_gap.png", results)
+    return 0
+
+
+def conclude(results: dict[str, dict], passes: dict[str, int], args: argparse.Namespace) -> dict:
+    """The whole content of --out, as far as it is known."""
+    report = {
+        "methods": {name: {"passes_per_block": passes.get(name), "horizons": rows} for name, rows in results.items()},
+        "groups": {"train_seeds": args.train_seeds, "sample_seeds": args.sample_seeds, "streams": args.num_prompts},
+        "training": f"{args.steps} steps" if args.steps is not None else f"{args.seconds} s on {args.num_gpus} GPU(s)",
+        "given": args.given,
+        "toy": args.toy,
+        "machine": describe_machine(args.device),
+    }
+    if CHAMPION in results and BASELINE in results:
+        report |= beats(results[CHAMPION], results[BASELINE])
+        report["student_accuracy_drop_points"] = accuracy_drop(results[CHAMPION], results[BASELINE])
+        report["passes_ratio"] = round(passes[BASELINE] / passes[CHAMPION], 2)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""benchmarks/train_test_gap.py on the CPU: the whole road at toy size, and what its verdict needs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train_test_gap
+from benchmarks.gap_figures import accuracy_drop, beats, summary
+from benchmarks.gap_plot import Point, draw
+from utils.config import load_config
+
+
+def run(folder: Path, models: Path, *more: str) -> dict:
+    arguments = ["--toy", "--device", "cpu", "--start", str(models), "--work", str(folder / "work")]
+    arguments += ["--out", str(folder / "gap.json"), "--docs", str(folder / "docs"), *more]
+    assert train_test_gap.main(arguments) == 0
+    return json.loads((folder / "gap.json").read_text())
+
+
+def test_the_whole_road(tmp_path: Path, tiny_model_folder: Path, monkeypatch):
+    methods = ["--methods", "teacher_forcing", "self_forcing_dmd", "--given", f"self_forcing_dmd={tiny_model_folder}"]
+    report = run(tmp_path, tiny_model_folder, *methods)
+    assert list(report["methods"]) == ["ground_truth", "teacher_forcing", "self_forcing_dmd"]
+    passes = [report["methods"][name]["passes_per_block"] for name in methods[1:3]]
+    assert passes == [2 * (2 + 1), 4 + 1] and report["passes_ratio"] == 1.2
+    rows = report["methods"]["teacher_forcing"]["horizons"]
+    assert list(rows) == ["0-11", "12-23"]
+    assert all(figure["se"] is not None for row in rows.values() for figure in row.values())
+    truth = report["methods"]["ground_truth"]["horizons"]["12-23"]
+    assert truth["fwd"]["mean"] < rows["12-23"]["fwd"]["mean"]
+    assert report["self_forcing_beats_teacher_forcing"] in (0, 1) and "student_accuracy_drop_points" in report
+    assert (tmp_path / "docs" / "train_test_gap.png").stat().st_size > 2000
+    assert "| teacher forcing | 12-23 | 6 |" in (tmp_path / "docs" / "train_test_gap.md").read_text()
+
+    def never(*arguments):
+        raise AssertionError("measured already")
+
+    monkeypatch.setattr(train_test_gap, "streams", never)  # run again, it reads what it measured
+    assert run(tmp_path, tiny_model_folder, *methods) == report
+
+
+def test_spans_are_pictures_of_latents():
+    assert train_test_gap.pixel_span(0, 21) == slice(0, 81)
+    assert train_test_gap.pixel_span(21, 63) == slice(81, 249)
+
+
+def test_passes_of_a_block():
+    settings = ["denoising_step_list=[1000,500]", "clean_context=false"]
+    assert train_test_gap.passes_per_block(load_config(overrides=settings)) == 2
+    assert train_test_gap.passes_per_block(load_config(overrides=["guidance_scale=1", "sampling_steps=8"])) == 9
+    assert train_test_gap.passes_per_block(load_config()) == 2 * 17
+
+
+def figures(fwd: float, accuracy: float) -> dict:
+    names = ("colour", "background", "prop", "prop_colour", "action")
+    return {"63-251": {"fwd": fwd, "flicker": 0.1, **{f"{name}_accuracy": accuracy for name in names}}}
+
+
+def test_the_verdict_needs_three_standard_errors_and_no_lost_accuracy():
+    steady = summary([figures(100 + noise, 0.9) for noise in (-1, 1)])  # standard error 1
+    drifting = summary([figures(110 + noise, 0.9) for noise in (-1, 1)])
+    near = summary([figures(104 + noise, 0.9) for noise in (-1, 1)])
+    blind = summary([figures(110 + noise, 0.9 + 0.01 * noise) for noise in (-1, 1)])
+    alone = summary([figures(200, 0.9)])
+    assert beats(steady, drifting)["self_forcing_beats_teacher_forcing"] == 1
+    assert beats(steady, near)["self_forcing_beats_teacher_forcing"] == 0  # 4 is less than 3 x sqrt 2
+    assert beats(drifting, steady)["self_forcing_beats_teacher_forcing"] == 0
+    assert beats(steady, alone)["self_forcing_beats_teacher_forcing"] == 0, "one group has no spread"
+    lower = summary([figures(100 + noise, 0.7 + 0.01 * noise) for noise in (-1, 1)])
+    assert beats(lower, blind)["self_forcing_beats_teacher_forcing"] == 0
+    assert accuracy_drop(lower, blind) == pytest.approx(20)
+
+
+def test_a_plot_of_one_point_has_a_scale(tmp_path: Path):
+    path = draw(tmp_path / "plot.png", {"figure": {"method": [Point(1.0, 0.0)]}}, ["0-20"])
+    assert path.stat().st_size > 500
+
+
+def test_what_is_missing_is_named(tmp_path: Path, tiny_model_folder: Path):
+    with pytest.raises(ValueError, match="--ode_pairs is None.*generate_ode_pairs"):
+        run(tmp_path, tiny_model_folder, "--methods", "ode_init")
+    with pytest.raises(ValueError, match="--given names dmd"):
+        run(tmp_path, tiny_model_folder, "--given", "dmd=logs/x")
