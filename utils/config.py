@@ -324,9 +324,14 @@ class Config:
             ("checkpoint.keep_last", self.checkpoint.keep_last),
             ("tiny_vae.pool_batches", self.tiny_vae.pool_batches),
             ("tiny_vae.steps_per_batch", self.tiny_vae.steps_per_batch),
+            ("distillation.dfake_gen_update_ratio", self.distillation.dfake_gen_update_ratio),
+            ("consistency.solver_steps", self.consistency.solver_steps),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it is at least 1")
+        for name in ("r1_sigma", "r2_sigma"):
+            if getattr(self.gan, name) <= 0:
+                raise ConfigError(f"gan.{name} is {getattr(self.gan, name)}; it is a length above 0, e.g. 0.1")
         self._check_data()
         if not 0 <= self.tiny_vae.teacher_share <= 1:
             raise ConfigError(f"tiny_vae.teacher_share is {self.tiny_vae.teacher_share}; a share lies in [0, 1]")
