@@ -343,9 +343,9 @@ class Trainer(ABC):
                     state[name] = full.bfloat16().cpu()
         return state
 
-    def resume(self) -> None:
-        """Go on from the newest state in the run folder, if there is one."""
-        stored = open_training_state(self.run_dir)
+    def resume(self, state: str | None = None) -> None:
+        """Go on from the newest state in the run folder, or from the one of that folder name, if there is one."""
+        stored = open_training_state(self.run_dir, state)
         if stored is None:
             return
         if stored.facts["trainer"] != self.name:
