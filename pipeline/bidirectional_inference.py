@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.image import choose_image_mode, encode_image
 from pipeline.rollout import FrameBlock, Path, guided
 from pipeline.samplers import SampleNoise, multi_step
 from utils.conditioning import Conditioning
-from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
+from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 
 
 class BidirectionalInferencePipeline:
@@ -20,6 +21,7 @@ class BidirectionalInferencePipeline:
         text_encoder: WanTextEncoder | Callable[[Sequence[str]], Tensor],
         vae: WanVAEWrapper,
         *,
+        clip: CLIPModel | Callable[[Tensor], Tensor] | None = None,
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
         solver: str = "unipc",
@@ -28,6 +30,7 @@ class BidirectionalInferencePipeline:
         self.generator = generator
         self.text_encoder = text_encoder
         self.vae = vae
+        self.clip = clip
         self.guidance_scale = guidance_scale
         self.negative_prompt = negative_prompt
         self.solver = solver
@@ -52,11 +55,16 @@ class BidirectionalInferencePipeline:
         height: int | None = None,
         width: int | None = None,
         initial_latent: Tensor | None = None,
+        input_image: Tensor | None = None,
+        image_mode: str = "auto",
         return_latents: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Video [B, F_px, 3, height, width] in [0, 1]; arguments as in CausalDiffusionInferencePipeline."""
-        if initial_latent is not None:
-            raise ValueError("a bidirectional model cannot go on from given frames; set causal=true")
+        is_i2v = self.generator.model.config.model_type == "i2v"
+        if initial_latent is not None or (input_image is not None and not is_i2v):
+            raise ValueError("a bidirectional t2v model cannot go on from given frames; set causal=true")
+        if input_image is None and is_i2v:
+            raise ValueError("an i2v model makes a video of an image; give input_image, or use a t2v model")
         if isinstance(text_prompts, str):
             text_prompts = [text_prompts]
         if not text_prompts:
@@ -72,7 +80,11 @@ class BidirectionalInferencePipeline:
         embeds = [self.text_encoder(text_prompts)]
         if self.guidance_scale != 1:
             embeds.append(self.text_encoder([self.negative_prompt] * len(text_prompts)))
-        paths = [Path(Conditioning(embed.to(self.device)), None) for embed in embeds]
+        image = {}
+        if input_image is not None:
+            choose_image_mode(image_mode, self.generator.model.config)
+            image = encode_image(self.generator, self.vae, self.clip, input_image, noise.shape[1])
+        paths = [Path(Conditioning(embed.to(self.device), **image), None) for embed in embeds]
         denoise = guided(self.generator, paths, FrameBlock(0, noise.shape[1]), self.guidance_scale)
         latents = multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)
         video = (self.vae.decode_to_pixel(latents) + 1) / 2

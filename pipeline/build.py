@@ -11,8 +11,7 @@ from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
 from utils.checkpoint import load_generator
 from utils.config import Config
 from utils.distributed import resolve_device, resolve_dtype
-from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
-from wan.configs import WanConfig, find_model_folder
+from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +34,6 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
     """The transformer with its weights: the model folder's, or those of `generator_ckpt`."""
     if config.use_ema and not config.generator_ckpt:
         raise ValueError("use_ema takes generator_ema from a checkpoint, and none is given; name one, or leave it out")
-    if WanConfig.from_folder(find_model_folder(config.model_name)).model_type == "i2v":
-        raise ValueError(
-            f"{config.model_name} takes an image on channels of its own, which this version cannot give it; "
-            "use a T2V model, which goes on from an image with --i2v"
-        )
     generator = WanDiffusionWrapper(
         config.model_name,
         **generator_options(config),
@@ -61,7 +55,10 @@ def build_pipeline(
     generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
     vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
-    return assemble_pipeline(config, generator, text_encoder, vae)
+    clip = None
+    if generator.model.config.model_type == "i2v":
+        clip = CLIPModel(config.model_name, device=device, dtype=dtype)
+    return assemble_pipeline(config, generator, text_encoder, vae, clip)
 
 
 def assemble_pipeline(
@@ -69,9 +66,11 @@ def assemble_pipeline(
     generator: WanDiffusionWrapper,
     text_encoder: Callable[[Sequence[str]], Tensor],
     vae: WanVAEWrapper,
+    clip: CLIPModel | None = None,
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
     """The pipeline a config asks for, of parts that are there already: trainers sample with what they train."""
     sampling = {
+        "clip": clip,
         "guidance_scale": config.guidance_scale,
         "negative_prompt": config.negative_prompt,
         "solver": config.solver,

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.image import ImageCondition, choose_image_mode, encode_image
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
 from utils.conditioning import Conditioning
-from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
+from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class CausalDiffusionInferencePipeline:
         text_encoder: WanTextEncoder | Callable[[Sequence[str]], Tensor],
         vae: WanVAEWrapper,
         *,
+        clip: CLIPModel | Callable[[Tensor], Tensor] | None = None,
         guidance_scale: float = 3.0,
         negative_prompt: str = "",
         num_frame_per_block: int = 3,
@@ -47,6 +49,7 @@ class CausalDiffusionInferencePipeline:
         self.generator = generator
         self.text_encoder = text_encoder
         self.vae = vae
+        self.clip = clip
         self.guidance_scale = guidance_scale
         self.negative_prompt = negative_prompt
         self.num_frame_per_block = num_frame_per_block
@@ -72,8 +75,10 @@ class CausalDiffusionInferencePipeline:
 
         noise [B, F, C, H, W]: start noise of the frames to generate. Without it, `seeds` (one int per prompt), `height`
         and `width` (pixels, divisible by 16) and `num_frames` (latents in all, given ones included; None: without end)
-        are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from, n = 1 for image-to-video;
-        they are decoded and yielded too. Raises ValueError for sizes that do not fit, before anything is made.
+        are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from; they are decoded and
+        yielded too. input_image [B, 3, height, width] in [-1, 1]: by image_mode (pipeline.image; auto: what the
+        checkpoint can) the first frame, the image of an i2v model, or a reference that is remembered and not shown.
+        Raises ValueError for what does not fit, before anything is made.
         """
         vae_cache = self.vae.make_cache()
         for _, latents in self._walk(noise, text_prompts, **options):
@@ -97,12 +102,24 @@ class CausalDiffusionInferencePipeline:
         video = torch.cat(pixels, dim=1)
         return (video, torch.cat(latents, dim=1)) if return_latents else video
 
+    @torch.no_grad()
+    def encode_image(
+        self, input_image: Tensor, num_frames: int | None, ref_pose: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What an i2v model reads of images [B, 3, height, width] in [-1, 1]: {"clip_feature", "y"}.
+
+        num_frames: latents of the video; None: as many as are not repeated for ever. See pipeline.image.encode_image.
+        """
+        return encode_image(self.generator, self.vae, self.clip, input_image, num_frames, ref_pose)
+
     def _walk(
         self,
         noise: Tensor | None,
         text_prompts: Sequence[str],
         *,
         initial_latent: Tensor | None = None,
+        input_image: Tensor | None = None,
+        image_mode: str = "auto",
         seeds: Sequence[int] | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -114,11 +131,19 @@ class CausalDiffusionInferencePipeline:
         if not text_prompts:
             raise ValueError("no prompt came; give one text per video in text_prompts")
         batch = len(text_prompts)
-        num_given = 0 if initial_latent is None else initial_latent.shape[1]
         if noise is not None:
-            num_frames, shape = num_given + noise.shape[1], tuple(noise.shape[2:])
+            shape = tuple(noise.shape[2:])
         else:
             shape = latent_shape(self.generator, self.vae, height, width)
+        image = self._image_condition(input_image, image_mode, (batch, *shape))
+        if image.given is not None:
+            rest = [] if initial_latent is None else [initial_latent.to(image.given)]
+            initial_latent = torch.cat([image.given, *rest], dim=1)
+        num_given = 0 if initial_latent is None else initial_latent.shape[1]
+        if noise is not None:
+            num_frames = num_given + noise.shape[1]
+        elif num_frames is not None:
+            num_frames += image.num_hidden
         for name, tensor in (("noise", noise), ("initial_latent", initial_latent)):
             if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *shape):
                 raise ValueError(
@@ -129,7 +154,7 @@ class CausalDiffusionInferencePipeline:
         blocks = plan_blocks(num_frames, self.num_frame_per_block, self.independent_first_frame, num_given)
         if num_frames is not None:
             blocks = list(blocks)  # a length that does not split is refused here, before anything is made
-        paths = self._paths(text_prompts, shape, num_frames)
+        paths = self._paths(text_prompts, shape, num_frames, image)
 
         def sample(block: FrameBlock, paths: list[Path]) -> Tensor:
             if noise is None:
@@ -152,18 +177,54 @@ class CausalDiffusionInferencePipeline:
             clean_context=self.clean_context,
             draw=draw,
         )
-        for step in walk:
-            yield step
+        for block, latents in walk:
+            shown = latents[:, max(0, image.num_hidden - block.start) :]
+            if shown.shape[1]:
+                yield block, shown
             if stream != self._streams:
                 raise RuntimeError(
                     "a newer stream of the same pipeline took over its caches; make one pipeline per stream"
                 )
 
-    def _paths(self, text_prompts: Sequence[str], shape: tuple[int, int, int], num_frames: int | None) -> list[Path]:
+    def _image_condition(self, images: Tensor | None, mode: str, shape: tuple[int, int, int, int]) -> ImageCondition:
+        """What the images put into a walk over latents [B, C, H, W]; ValueError where the model cannot take them so."""
+        model = self.generator.model
+        if images is None:
+            if model.config.model_type == "i2v":
+                raise ValueError("an i2v model makes a video of an image; give input_image, or use a t2v model")
+            return ImageCondition()
+        mode = choose_image_mode(mode, model.config)
+        stride = self.vae.model.spatial_stride
+        wanted = [shape[0], 3, shape[2] * stride, shape[3] * stride]
+        if list(images.shape) != wanted:
+            raise ValueError(
+                f"input_image is {list(images.shape)}, the video needs {wanted}: one per prompt, of its size"
+            )
+        windowed = model.local_attn_size != -1 and not model.sink_size
+        if mode == "concat":
+            if windowed:
+                logger.warning("the image leaves the window of %d latents; sink_size=1 keeps it", model.local_attn_size)
+            return ImageCondition(**self.encode_image(images, None))
+        if mode == "ref_sink" and windowed:
+            raise ValueError(
+                f"image_mode ref_sink keeps the reference in the attention sink, but sink_size is 0 in a window of "
+                f"{model.local_attn_size} latents; set model_kwargs.sink_size=1"
+            )
+        given = self.vae.encode_to_latent(images[:, None]).to(self.device)
+        return ImageCondition(given=given, num_hidden=int(mode == "ref_sink"))
+
+    def _paths(
+        self,
+        text_prompts: Sequence[str],
+        shape: tuple[int, int, int],
+        num_frames: int | None,
+        image: ImageCondition,
+    ) -> list[Path]:
         """The guided path, and with guidance the unguided one."""
         guided = self.timesteps is None and self.guidance_scale != 1
         self._prepare_caches(len(text_prompts), shape, num_frames, 1 + guided)
-        positive = Conditioning(self.text_encoder(text_prompts).to(self.device))
+        embeds = self.text_encoder(text_prompts).to(self.device)
+        positive = Conditioning(embeds, image.clip_feature, image.y)
         if not guided:
             return [Path(positive, self.kv_cache_pos)]
         negative = positive.negative(self.text_encoder([self.negative_prompt] * len(text_prompts)).to(self.device))

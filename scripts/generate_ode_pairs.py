@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_main:
             items = Shards(folder, ODEPairs.kind).items
             size = sum(shard.stat().st_size for shard in {item.shard for item in items})
-            print(f"{len(items)} pairs in {folder}, {size / 1e9:.2f} GB")
+            print(f"{len(items)} pairs in {folder}, {size / 1e9:.3g} GB")
     finally:
         shutdown()
     return 0
@@ -124,6 +124,7 @@ def describe(args: argparse.Namespace, teacher: Config) -> dict[str, Any]:
         "guidance_scale": guidance(args, teacher),
         "negative_prompt": teacher.negative_prompt,
         "context_noise": teacher.context_noise if args.causal_teacher else 0.0,
+        "window": dataclasses.asdict(teacher.model_kwargs) if args.causal_teacher else None,
         "dtype": "float32" if args.float32 else "bfloat16",
         "seed": teacher.seed,
     }

@@ -52,3 +52,30 @@ def tiny_model_folder(tmp_path_factory) -> Path:
         save_safetensors(to_wan_names(text_encoder.state_dict()), folder / "models_t5_umt5-puppet.safetensors")
         (folder / "models_t5_umt5-puppet.json").write_text(json.dumps(text_sizes))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_i2v_folder(tiny_model_folder, tmp_path_factory) -> Path:
+    """The same with a transformer that reads an image, and a CLIP tower: the layout of Wan2.1-I2V-14B-480P."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from tests.golden_data import below, load_golden
+    from wan.configs import CLIP_FILES, WanConfig
+    from wan.modules.model import WanModel
+
+    folder = tmp_path_factory.mktemp("wan_models") / "tiny-random-i2v"
+    shutil.copytree(tiny_model_folder, folder)
+    sizes = json.loads((folder / "config.json").read_text()) | {"model_type": "i2v", "in_dim": 36, "clip_dim": 32}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        transformer = WanModel(WanConfig.from_folder(folder))
+        for name, parameter in transformer.named_parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1 if name.startswith("head") else 0.05)
+        transformer.save_pretrained(folder)
+    tower = below(load_golden("e_clip_vision")[0], "w")
+    save_file({f"visual.{name}": tensor for name, tensor in tower.items()}, folder / CLIP_FILES[1])
+    return folder

@@ -1,5 +1,6 @@
 """train.py and scripts/export_model.py: the doors, on the smallest VAE and transformer there are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,14 @@ def test_no_save(tmp_path: Path):
             ["--config_path", "configs/puppet_ode.yaml", "data.kind=puppet", "data.path=null"],
             "from trajectories",
         ),
+        (["--config_path", "configs/puppet_gan.yaml", "gan.r1_sigma=0"], "gan.r1_sigma is 0.0; it is a length above 0"),
+        (["--config_path", "configs/puppet_gan.yaml", "distillation.dfake_gen_update_ratio=0"], "it is at least 1"),
+        (["--config_path", "configs/puppet_gan.yaml", "distillation.fake_name=logs/x/export"], "train it first"),
+        (
+            ["--config_path", "configs/puppet_dmd.yaml", "distribution_loss=dnd"],
+            "one of ['dmd', 'sid', 'causvid']",
+        ),
+        (["--config_path", "configs/puppet_diffusion.yaml", "trainer=ode"], "set causal: true and denoising_step_list"),
         (["--config_path", "configs/puppet_gan.yaml", "distillation.fake_name=nobody"], "no model 'nobody'"),
     ],
 )
@@ -166,3 +175,20 @@ def test_mistakes_are_one_sentence(arguments: list[str], words: str, tmp_path: P
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_sizes(puppets, tmp_path: Path, capsys):
+    settings = [*DIT, "num_training_frames=6", "model_kwargs.local_attn_size=3", f"model_name={puppets['causal']}"]
+    config = WanConfig.from_folder(puppets["causal"])
+    other = WanDiffusionWrapper("", from_scratch=True, model_config=replace(config, dim=32))
+    torch.save({"generator": other.state_dict()}, tmp_path / "other.pt")
+    assert run("puppet_consistency", tmp_path / "run", *settings, f"generator_ckpt={tmp_path / 'other.pt'}") == 1
+    error = capsys.readouterr().err
+    assert "other.pt does not fit this model: " in error and "has [32, 4, 1, 2, 2] instead of [16, 4, 1, 2, 2]" in error
+
+
+def test_a_run_folder_of_another_recipe_is_refused(puppets, tmp_path: Path, capsys):
+    settings = [*DIT, "num_training_frames=6", "model_kwargs.local_attn_size=3", f"model_name={puppets['causal']}"]
+    assert run("puppet_consistency", tmp_path, *settings) == 0
+    assert run("puppet_gan", tmp_path, *settings, f"distillation.fake_name={puppets['teacher']}") == 1
+    assert "holds a run of the consistency trainer, not gan; choose another --logdir" in capsys.readouterr().err

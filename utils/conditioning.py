@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -14,14 +15,14 @@ class Conditioning:
 
     prompt_embeds: Tensor  # [B, T, text_dim]
     clip_feature: Tensor | None = None  # [B, 257, clip_dim] image tokens (i2v)
-    y: Tensor | None = None  # [B, 20, F, H, W] 4 mask + 16 image-latent channels (i2v)
+    y: Tensor | None = None  # [B, 20, F, H, W] 4 mask + 16 image-latent channels (i2v); its last frame goes on for ever
     pose: Tensor | None = None  # [B, pose_dim, F, H/2, W/2] pose features
 
     def frames(self, start: int, stop: int) -> "Conditioning":
         """The same for latent frames [start, stop)."""
         return replace(
             self,
-            y=None if self.y is None else self.y[:, :, start:stop],
+            y=None if self.y is None else hold_last(self.y, start, stop),
             pose=None if self.pose is None else self.pose[:, :, start:stop],
         )
 
@@ -33,3 +34,12 @@ class Conditioning:
     def negative(self, prompt_embeds: Tensor) -> "Conditioning":
         """The unguided side of classifier-free guidance: other words, the same image, no pose."""
         return replace(self, prompt_embeds=prompt_embeds, pose=None)
+
+
+def hold_last(frames: Tensor, start: int, stop: int) -> Tensor:
+    """Frames [start, stop) of [B, C, F, H, W], whose last frame goes on for ever."""
+    inside = frames[:, :, start:stop]
+    missing = stop - start - inside.shape[2]
+    if not missing:
+        return inside
+    return torch.cat([inside, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)

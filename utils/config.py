@@ -306,9 +306,14 @@ class Config:
             ("sharding_group_size", self.sharding_group_size),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
             ("checkpoint.keep_last", self.checkpoint.keep_last),
+            ("distillation.dfake_gen_update_ratio", self.distillation.dfake_gen_update_ratio),
+            ("consistency.solver_steps", self.consistency.solver_steps),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it is at least 1")
+        for name in ("r1_sigma", "r2_sigma"):
+            if getattr(self.gan, name) <= 0:
+                raise ConfigError(f"gan.{name} is {getattr(self.gan, name)}; it is a length above 0, e.g. 0.1")
         self._check_data()
         if not 0 <= self.ema.weight < 1:
             raise ConfigError(f"ema.weight is {self.ema.weight}; it is the share of the old average kept, in [0, 1)")

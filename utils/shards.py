@@ -71,13 +71,15 @@ class Shards:
 class ShardWriter:
     """Fills a folder once, alone or as one of many ranks.
 
-    about: what must agree for old and new items to lie in one folder, JSON-able, "kind" among it.
+    about: what must agree for old and new items to lie in one folder, JSON-able, "kind" among it. items_per_shard:
+    what a kill costs at most; a shard that grows beyond max_shard_bytes is closed before.
     """
 
     folder: Path
     about: Mapping[str, Any]
     ranks: Ranks
     items_per_shard: int
+    max_shard_bytes: int = 2 * 10**9  # they wait in main memory
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,21 +107,28 @@ class ShardWriter:
         logger.info("%d of %d items in %s are there already", len(keys) - len(missing), len(keys), self.folder)
         started, own = time.monotonic(), range(self.ranks.rank, len(shares), self.ranks.size)
         for number, index in enumerate(own, start=1):
-            self._write(self.next_shard + index, shares[index], make(shares[index]))
+            self._make(self.next_shard + index, shares[index], make(shares[index]))
             seconds = (time.monotonic() - started) / number
             left = seconds * (len(own) - number) / 60
             logger.info("shard %d of %d, %.1f s each, %.1f min left", number, len(own), seconds, left)
         barrier(self.ranks)
 
-    def _write(self, number: int, keys: list[str], made: Iterable[Made | None]) -> None:
-        rows, tensors = [], {}
+    def _make(self, number: int, keys: list[str], made: Iterable[Made | None]) -> None:
+        rows: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
         for key, result in zip(keys, made, strict=True):
-            if result is not None:
-                row, named = result
-                tensors |= {f"{len(rows)}.{name}": tensor for name, tensor in named.items()}
-                rows.append({"key": key, **row})
-        if not rows:
-            return
+            if result is None:
+                continue
+            row, named = result
+            tensors |= {f"{len(rows)}.{name}": tensor.cpu() for name, tensor in named.items()}
+            rows.append({"key": key, **row})
+            if sum(tensor.nbytes for tensor in tensors.values()) > self.max_shard_bytes:
+                self._write(number, rows, tensors)
+                rows, tensors = [], {}
+        if rows:
+            self._write(number, rows, tensors)
+
+    def _write(self, number: int, rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
         digest = hashlib.sha256("\n".join(row["key"] for row in rows).encode()).hexdigest()[:8]
         path = self.folder / f"shard-{number:06d}-{digest}.safetensors"
         save_safetensors(tensors, path)

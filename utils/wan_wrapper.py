@@ -239,14 +239,21 @@ class WanVAEWrapper(nn.Module):
         """Forget the video that `decode_to_pixel(..., use_cache=True)` is in the middle of."""
         self.cache = None
 
+    def make_encoder_cache(self) -> VAECache:
+        """Memory for encoding a new video piece by piece."""
+        return self.model.make_cache()
+
     @torch.no_grad()
-    def encode_to_latent(self, pixels: Tensor) -> Tensor:
+    def encode_to_latent(self, pixels: Tensor, cache: VAECache | None = None) -> Tensor:
         """Pixels [B, 1 + 4n, 3, 8H, 8W] in [-1, 1] -> normalised latents [B, 1 + n, C, H, W], float32.
 
-        The pixels may lie on another device: they come over chunk by chunk.
+        The pixels may lie on another device: they come over chunk by chunk. With a `cache` of `make_encoder_cache` they
+        go on where its last ones stopped: after a video's first piece, 4n pixel frames make n latents.
         """
-        cache, num_frames = self.model.make_cache(), pixels.shape[1]
-        bounds = [0, *range(1, num_frames, self.model.temporal_stride * self.latents_per_chunk), num_frames]
+        cache, num_frames = cache or self.make_encoder_cache(), pixels.shape[1]
+        begun = cache.encoder[0] is not None
+        starts = range(0 if begun else 1, num_frames, self.model.temporal_stride * self.latents_per_chunk)
+        bounds = [*([] if begun else [0]), *starts, num_frames]
         latents = [self.model.encode(self._to_model(pixels[:, start:stop]), cache) for start, stop in pairwise(bounds)]
         return torch.cat(latents, dim=2).transpose(1, 2).float()
 

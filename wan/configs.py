@@ -110,6 +110,8 @@ def find_model_folder(model_name: str | Path) -> Path:
     remedy = f"known models: {', '.join(WAN_CONFIGS)}; or give the path of a folder with a config.json"
     if Path(model_name).name in WAN_CONFIGS:
         remedy = how_to_get(Path("wan_models") / Path(model_name).name)
+    if Path(model_name).name == "export":
+        remedy = "a training run writes such a folder at its end: train it first"
     raise FileNotFoundError(f"no model {str(model_name)!r} in wan_models/; {remedy}")
 
 

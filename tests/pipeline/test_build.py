@@ -1,6 +1,5 @@
 """From a config to a pipeline: what fits is built, what does not is refused before gigabytes are read."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from pipeline import BidirectionalInferencePipeline, CausalDiffusionInferencePipeline
 from pipeline.build import build_pipeline
 from utils.config import load_config
+from utils.wan_wrapper import CLIPModel
 
 SETTINGS = ["device=cpu", "height=32", "width=32", "num_output_frames=3", "sampling_steps=2"]
 
@@ -49,10 +49,11 @@ def test_a_checkpoint_replaces_the_folders_weights(tiny_model_folder, tmp_path):
         assert torch.equal(loaded.generator.model.state_dict()[name], tensor + 1), name
 
 
-def test_an_i2v_model_is_refused_before_its_weights_are_read(tiny_model_folder, tmp_path):
-    folder = tmp_path / "i2v"
-    shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("diffusion_pytorch_model*"))
-    sizes = json.loads((folder / "config.json").read_text()) | {"model_type": "i2v", "in_dim": 36}
-    (folder / "config.json").write_text(json.dumps(sizes))
-    with pytest.raises(ValueError, match="takes an image on channels of its own.*--i2v"):
+def test_an_i2v_folder_brings_its_image_tower(tiny_i2v_folder, tmp_path):
+    pipeline = build(tiny_i2v_folder)
+    assert isinstance(pipeline.clip, CLIPModel) and pipeline.generator.model.config.in_dim == 36
+    assert build(tiny_i2v_folder, "causal=false").clip is not None
+    folder = tmp_path / "Wan2.1-I2V-14B-480P"
+    shutil.copytree(tiny_i2v_folder, folder, ignore=shutil.ignore_patterns("models_clip*"))
+    with pytest.raises(FileNotFoundError, match="none of models_clip.*hf download Wan-AI/Wan2.1-I2V-14B-480P"):
         build(folder)

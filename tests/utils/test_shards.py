@@ -100,6 +100,15 @@ def test_two_runs_at_a_time_keep_out_of_each_others_shards(tmp_path):
     assert content(tmp_path) == content(tmp_path / "whole")
 
 
+def test_a_large_shard_is_closed_early(tmp_path):
+    about = {"kind": "numbers", "sizes": (2, 3)}
+    ShardWriter(tmp_path, about, ALONE, items_per_shard=6, max_shard_bytes=100).fill(KEYS, make)
+    indices = [path.read_text().count("\n") for path in sorted(tmp_path.glob("shard-*.jsonl"))]
+    assert sum(indices) == 10 and max(indices) < 6 and len(indices) > 2
+    writer(tmp_path / "whole").fill(KEYS, make)
+    assert content(tmp_path) == content(tmp_path / "whole")
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_torn(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))

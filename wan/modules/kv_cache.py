@@ -41,6 +41,7 @@ class KVCache:
     def __post_init__(self):
         check_window(self.local_attn_size, self.sink_size, self.num_frame_per_block)
         self.forget_prompt()
+        self.forget_image()
 
     @property
     def capacity(self) -> int:
@@ -78,13 +79,17 @@ class KVCache:
         self.start_frame += num_frames
 
     def reset(self) -> None:
-        """Forget video and prompt; the memory stays."""
+        """Forget video, prompt and image; the memory stays."""
         self.start_frame = 0
         self.forget_prompt()
+        self.forget_image()
 
     def forget_prompt(self) -> None:
-        """Forget the cross-attention keys and values: the next pass reads text and image anew."""
+        """Forget the text's cross-attention keys and values: the next pass reads the text anew. The image stays."""
         self.text = [None] * len(self.keys)
+
+    def forget_image(self) -> None:
+        """The same for the image's."""
         self.image = [None] * len(self.keys)
 
 

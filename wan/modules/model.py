@@ -101,9 +101,12 @@ class WanCrossAttention(WanSelfAttention):
     def image_keys(self, image: Tensor) -> tuple[Tensor, Tensor]:
         return self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
 
-    def prompt_keys(self, text: Tensor, image: Tensor | None) -> tuple[Keys, Keys | None]:
-        """Keys and values of embedded text [B, T, dim] and CLIP tokens [B, 257, dim]."""
-        return self.text_keys(text), None if image is None else self.image_keys(image)
+    def prompt_keys(self, text: Tensor | None, image: Tensor | None) -> tuple[Keys | None, Keys | None]:
+        """Keys and values of embedded text [B, T, dim] and CLIP tokens [B, 257, dim], of what is given."""
+        return (
+            None if text is None else self.text_keys(text),
+            None if image is None else self.image_keys(image),
+        )
 
     def forward(self, x: Tensor, text: Keys, image: Keys | None, backend: str) -> Tensor:
         q = self.heads(self.norm_q(self.q(x)))
@@ -126,7 +129,7 @@ class WanAttentionBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def prompt_keys(self, text: Tensor, image: Tensor | None) -> tuple[Keys, Keys | None]:
+    def prompt_keys(self, text: Tensor | None, image: Tensor | None) -> tuple[Keys | None, Keys | None]:
         """A door of its own, so that sharded weights are gathered for it as they are for `forward`."""
         return self.cross_attn.prompt_keys(text, image)
 
@@ -338,10 +341,10 @@ class WanModel(nn.Module):
         text = image = None  # embedded when a layer first asks
         if remember is None or remember.text[0] is None:
             text = self.embed_text(context)
-            if self.config.model_type == "i2v":
-                if clip_fea is None:
-                    raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim], the tokens of CLIPModel")
-                image = self.img_emb(clip_fea.to(self.dtype))
+        if self.config.model_type == "i2v" and (remember is None or remember.image[0] is None):
+            if clip_fea is None:
+                raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim], the tokens of CLIPModel")
+            image = self.img_emb(clip_fea.to(self.dtype))
         for layer, block in enumerate(self.blocks):
             prompt = (text, image) if remember is None else remembered_keys(block, layer, text, image, remember)
             arguments = (tokens, modulation, layer, attend, *prompt, self.attention_backend)
@@ -410,7 +413,9 @@ class WanModel(nn.Module):
 def remembered_keys(
     block: WanAttentionBlock, layer: int, text: Tensor | None, image: Tensor | None, kv_cache
 ) -> tuple[Keys, Keys | None]:
-    """The prompt's keys of one layer out of the cache; fresh ones are put there."""
-    if kv_cache.text[layer] is None:
-        kv_cache.text[layer], kv_cache.image[layer] = block.prompt_keys(text, image)
+    """The keys of prompt and image of one layer out of the cache; what was embedded anew is put there first."""
+    if text is not None or image is not None:
+        text_keys, image_keys = block.prompt_keys(text, image)
+        kv_cache.text[layer] = text_keys or kv_cache.text[layer]
+        kv_cache.image[layer] = image_keys or kv_cache.image[layer]
     return kv_cache.text[layer], kv_cache.image[layer]
