@@ -139,7 +139,9 @@ def read_about(folder: Path, kind: str) -> dict[str, Any]:
     """What a folder says of itself; refused if it is not there or of another kind."""
     path = folder / "about.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {kind}: it has no about.json; give a folder that a script filled")
+        raise FileNotFoundError(
+            f"{folder} holds no {kind} (no about.json); docs/training_data.md says how to make them"
+        )
     about = _parse(path, path.read_text(encoding="utf-8"))
     if about.get("kind") != kind:
         raise ValueError(f"{folder} holds {about.get('kind')}, not {kind}; give another folder")

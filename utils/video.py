@@ -162,16 +162,19 @@ def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[Tens
     return torch.stack(frames).permute(0, 3, 1, 2).float().div(255), fps
 
 
-def video_clips(path: str | Path, fps: float, num_frames: int, height: int, width: int) -> Iterator[Tensor]:
+def video_clips(
+    path: str | Path, fps: float, num_frames: int, height: int, width: int, *, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """A video cut into clips `[num_frames, 3, height, width]` in [0, 1], one after the other; what is left is dropped.
 
-    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled to cover height x width and cut around the centre.
-    Raises ValueError for a file that cannot be read, also in its middle, and for one shorter than a clip.
+    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled (on `device`) to cover height x width and cut
+    around the centre. Raises ValueError for a file that cannot be read, also in its middle, and for one shorter than a
+    clip.
     """
     frames: list[Tensor] = []
     too_short = True
     for picture in _frames_at(path, fps):
-        frames.append(resize_cover(picture[None].float().div(255), height, width))
+        frames.append(resize_cover(picture[None].to(device).float().div(255), height, width))
         if len(frames) == num_frames:
             yield torch.cat(frames)
             frames, too_short = [], False
@@ -195,6 +198,8 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
     av = _import_av()
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no pictures")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             interval = 1 / float(stream.average_rate or stream.base_rate or 25)
@@ -205,7 +210,7 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
                 yield time - begin, frame
             if frame is not None:
                 yield time - begin + interval, frame
-    except (av.FFmpegError, IndexError) as error:
+    except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video ({error})") from error
 
 

@@ -6,6 +6,7 @@ the folder; sub-folders are searched. A caption's line breaks become spaces.
 """
 
 import csv
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -128,11 +129,14 @@ def encode_videos(
     for problem in problems[:] if ranks.is_main or not skip else []:
         complain(problem)
 
+    sizes = {"fps": shape.fps, "num_frames": shape.num_pixel_frames, "height": shape.height, "width": shape.width}
+    cut = functools.partial(video_clips, **sizes)
+
     def make(names: list[str]) -> Iterator[Made | None]:
         for name in names:
             video, latents = by_name[name], {}
             try:
-                for pixels in video_clips(video.path, shape.fps, shape.num_pixel_frames, shape.height, shape.width):
+                for pixels in cut(video.path, device=ranks.device):
                     clip = encode(pixels.mul(2).sub(1)[None])[0]
                     latents[f"clip{len(latents)}"] = clip.to(torch.bfloat16)
             except ValueError as error:

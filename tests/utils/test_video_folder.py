@@ -1,6 +1,7 @@
 """utils/video_folder.py and LatentFolder: a folder of videos becomes clips that are what the videos show."""
 
 import json
+import wave
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,10 @@ def troubled(videos, tmp_path) -> Path:
     (folder / "mute.txt").unlink()
     (folder / "empty.txt").write_text(" \n")
     write_video(folder / "short.mp4", grey(8), fps=16)
+    with wave.open(str(folder / "sound.avi"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", "NONE"))
+        sound.writeframes(bytes(800))
+    (folder / "sound.txt").write_text("sound")
     return folder
 
 
@@ -128,12 +133,14 @@ def test_what_cannot_be_used_is_named_and_left_out(troubled, tmp_path, caplog):
     assert f"left out: {troubled / 'mute.mp4'} has no caption in mute.txt" in said
     assert f"left out: {troubled / 'empty.mp4'} has no caption in empty.txt" in said
     assert f"left out: {troubled / 'torn.mp4'} cannot be read as a video" in said
+    assert f"left out: {troubled / 'sound.avi'} holds no pictures" in said
     assert f"left out: {troubled / 'short.mp4'} has 8 frames at 16 per second, a clip needs 9" in said
 
 
 def test_or_refused(troubled, tmp_path):
     with pytest.raises(ValueError, match=r"empty.mp4 has no caption in empty.txt; mend or remove it, or leave such"):
         encode(troubled, tmp_path / "out", skip=False)
+    (troubled / "sound.avi").unlink()
     (troubled / "empty.txt").write_text("told")
     (troubled / "mute.txt").write_text("told")
     with pytest.raises(ValueError, match=r"short.mp4 has 8 frames"):
