@@ -22,6 +22,10 @@ BT709 = 1  # H.273 code point; untagged files are guessed as BT.601 by some play
 LIMITED_RANGE = 1
 
 
+class VideoError(ValueError):
+    """A video file that cannot be used; the message names it."""
+
+
 def _import_av():
     try:
         import av
@@ -168,7 +172,7 @@ def video_clips(
     """A video cut into clips `[num_frames, 3, height, width]` in [0, 1], one after the other; what is left is dropped.
 
     Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled (on `device`) to cover height x width and cut
-    around the centre. Raises ValueError for a file that cannot be read, also in its middle, and for one shorter than a
+    around the centre. Raises VideoError for a file that cannot be read, also in its middle, and for one shorter than a
     clip.
     """
     frames: list[Tensor] = []
@@ -179,7 +183,7 @@ def video_clips(
             yield torch.cat(frames)
             frames, too_short = [], False
     if too_short:
-        raise ValueError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
+        raise VideoError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
 
 
 def _frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
@@ -199,7 +203,7 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{path} holds no pictures")
+                raise VideoError(f"{path} holds no pictures")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             interval = 1 / float(stream.average_rate or stream.base_rate or 25)
@@ -211,7 +215,7 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
             if frame is not None:
                 yield time - begin + interval, frame
     except av.FFmpegError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error})") from error
+        raise VideoError(f"{path} cannot be read as a video ({error})") from error
 
 
 def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
