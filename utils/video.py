@@ -23,6 +23,10 @@ LIMITED_RANGE = 1
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12, annex B
 
 
+class VideoError(ValueError):
+    """A video file that cannot be used; the message names it."""
+
+
 def _import_av():
     try:
         import av
@@ -163,21 +167,24 @@ def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[Tens
     return torch.stack(frames).permute(0, 3, 1, 2).float().div(255), fps
 
 
-def video_clips(path: str | Path, fps: float, num_frames: int, height: int, width: int) -> Iterator[Tensor]:
+def video_clips(
+    path: str | Path, fps: float, num_frames: int, height: int, width: int, *, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """A video cut into clips `[num_frames, 3, height, width]` in [0, 1], one after the other; what is left is dropped.
 
-    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled to cover height x width and cut around the centre.
-    Raises ValueError for a file that cannot be read, also in its middle, and for one shorter than a clip.
+    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled (on `device`) to cover height x width and cut
+    around the centre. Raises VideoError for a file that cannot be read, also in its middle, and for one shorter than a
+    clip.
     """
     frames: list[Tensor] = []
     too_short = True
     for picture in _frames_at(path, fps):
-        frames.append(resize_cover(picture[None].float().div(255), height, width))
+        frames.append(resize_cover(picture[None].to(device).float().div(255), height, width))
         if len(frames) == num_frames:
             yield torch.cat(frames)
             frames, too_short = [], False
     if too_short:
-        raise ValueError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
+        raise VideoError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
 
 
 def video_length(path: str | Path, fps: float) -> int:
@@ -224,6 +231,8 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
     av = _import_av()
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} holds no pictures")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             interval = 1 / float(stream.average_rate or stream.base_rate or 25)
@@ -234,8 +243,8 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
                 yield time - begin, frame
             if frame is not None:
                 yield time - begin + interval, frame
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error})") from error
+    except av.FFmpegError as error:
+        raise VideoError(f"{path} cannot be read as a video ({error})") from error
 
 
 def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
