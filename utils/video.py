@@ -20,6 +20,7 @@ from utils.errors import MissingPackageError
 
 BT709 = 1  # H.273 code point; untagged files are guessed as BT.601 by some players and BT.709 by others
 LIMITED_RANGE = 1
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12, annex B
 
 
 class VideoError(ValueError):
@@ -186,6 +187,34 @@ def video_clips(
         raise VideoError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
 
 
+def video_length(path: str | Path, fps: float) -> int:
+    """Frames that a video has at so many per second. Raises FileNotFoundError or ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no video at {path}")
+    number = 0
+    for start, _ in _timed_frames(path):
+        while number / fps < start - 1e-4:
+            number += 1
+    if not number:
+        raise ValueError(f"{path} has no frames")
+    return number
+
+
+def video_pieces(path: str | Path, fps: float, height: int, width: int, size: int = 12) -> Iterator[Tensor]:
+    """A video from its first to its last frame in pieces `[<= size, 3, height, width]` in [-1, 1], as clips are cut.
+
+    Frames are `video_clips`'s; `video_length` counts them.
+    """
+    frames: list[Tensor] = []
+    for picture in _frames_at(path, fps):
+        frames.append(resize_cover(picture[None].float().div(255), height, width).mul(2).sub(1))
+        if len(frames) == size:
+            yield torch.cat(frames)
+            frames = []
+    if frames:
+        yield torch.cat(frames)
+
+
 def _frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
     """uint8 `[3, H, W]`, upright: what is on screen at 0, 1 / fps, 2 / fps, ... until the video ends."""
     number, shown = 0, None
@@ -233,21 +262,47 @@ def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_image(path: str | Path, height: int, width: int) -> Tensor:
-    """An image file, scaled to cover height x width and centre-cropped, as `[3, H, W]` in [-1, 1]."""
+    """An image file, scaled to cover height x width and centre-cropped, as `[3, H, W]` in [-1, 1].
+
+    HEIC photos need the package pillow-heif. Raises FileNotFoundError or ValueError.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
+    if _is_heic(path):
+        _register_heic(path)
     try:
         with Image.open(path) as image:
             pixels = pixels_of(image)
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
     return resize_cover(pixels[None], height, width)[0].mul(2).sub(1)
 
 
+def _is_heic(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(
+            f"{path} is an HEIC photo and no decoder is installed: pip install pillow-heif, or save it as JPEG or PNG"
+        ) from None
+    register_heif_opener()
+
+
 def pixels_of(image: Image.Image) -> Tensor:
-    """A PIL image as `[3, H, W]` in [0, 1]; turned upright by its EXIF tag, transparency laid on white."""
+    """A PIL image as `[3, H, W]` in [0, 1]; turned upright by its EXIF tag, transparency laid on white.
+
+    16-bit grey is scaled to 8 bits; CMYK, palettes and grey become RGB.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
