@@ -2,6 +2,7 @@
 
     python benchmarks/embedded_model.py                               # everything: 256 prompts, 64 long streams
     python benchmarks/embedded_model.py --vae_only [--vae_folder DIR] # the gate that a VAE passes before a transformer
+    python benchmarks/embedded_model.py --vae_only --tiny_vae DIR/taew2_1.safetensors --out DIR/gate.json
     python benchmarks/embedded_model.py --device cpu --fps_only       # frames per second on this machine's CPU
 
 Figures are written as they come; a section that is already in --out, with the same settings and the same weights of
@@ -30,6 +31,7 @@ from pipeline.build import build_pipeline
 from utils.config import load_config
 from utils.distributed import resolve_dtype
 from wan.configs import VAE_FILES, find_model_file, find_model_folder
+from wan.modules.tiny_vae import TinyVAE, load_tiny_vae
 from wan.modules.vae import WanVAE, load_vae
 from world.captions import captions
 from world.evaluate import contact_sheet, features_of, measure, quarters, table, to_bytes
@@ -101,14 +103,18 @@ def describe_machine(device: str) -> str:
 
 
 @torch.inference_mode()
-def round_trip(vae: WanVAE, pixels: Tensor, latents_per_chunk: int = 4) -> Tensor:
-    """Pixels [B, 1 + 4n, 3, H, W] in [-1, 1] -> the same, encoded and decoded as streams, float32 in [-1, 1]."""
+def round_trip(vae: WanVAE, pixels: Tensor, decoder: WanVAE | TinyVAE | None = None, chunk_latents: int = 4) -> Tensor:
+    """Pixels [B, 1 + 4n, 3, H, W] in [-1, 1] -> the same, encoded and decoded as streams, float32 in [-1, 1].
+
+    decoder: shows the latents in place of the VAE that made them.
+    """
+    decoder = decoder or vae
     dtype = next(vae.parameters()).dtype
-    video, chunk = pixels.transpose(1, 2).to(dtype), vae.temporal_stride * latents_per_chunk
-    encoder_cache, decoder_cache, decoded = vae.make_cache(), vae.make_cache(), []
+    video, chunk = pixels.transpose(1, 2).to(dtype), vae.temporal_stride * chunk_latents
+    encoder_cache, decoder_cache, decoded = vae.make_cache(), decoder.make_cache(), []
     bounds = [0, *range(1, video.shape[2], chunk), video.shape[2]]
     for start, stop in pairwise(bounds):
-        decoded.append(vae.decode(vae.encode(video[:, :, start:stop], encoder_cache), decoder_cache).float())
+        decoded.append(decoder.decode(vae.encode(video[:, :, start:stop], encoder_cache), decoder_cache).float())
     return torch.cat(decoded, dim=2).transpose(1, 2).clamp(-1, 1)
 
 
@@ -122,9 +128,11 @@ def true_videos(scenes: Scenes, num_frames: int, device: torch.device, batch: in
     return torch.cat(videos), torch.cat(masks)
 
 
-def round_trips(vae: WanVAE, videos: Tensor, device: torch.device, batch: int) -> Tensor:
+def round_trips(
+    vae: WanVAE, videos: Tensor, device: torch.device, batch: int, decoder: WanVAE | TinyVAE | None = None
+) -> Tensor:
     """uint8 videos through the VAE."""
-    parts = [round_trip(vae, part.to(device).float() / 127.5 - 1) * 0.5 + 0.5 for part in videos.split(batch)]
+    parts = [round_trip(vae, part.to(device).float() / 127.5 - 1, decoder) * 0.5 + 0.5 for part in videos.split(batch)]
     return torch.cat([to_bytes(part).cpu() for part in parts])
 
 
@@ -143,11 +151,11 @@ def generate(pipeline, prompts: list[str], num_latents: int, batch: int, deadlin
     return torch.cat(videos)
 
 
-def gate_section(vae: WanVAE, judges: Judges, device: torch.device, n: int, batch: int, sheets: Path | None) -> dict:
+def gate_section(vae: WanVAE, judges: Judges, device, n: int, batch: int, sheets: Path | None, decoder=None) -> dict:
     """PSNR, drift over quarters, joints, action and prop colour of the VAE round trip, against ground truth."""
     scenes = sample_scenes(n, GATE_SEED, "heldout")
     videos, masks = true_videos(scenes, 81, device, batch)
-    made = round_trips(vae, videos, device, batch)
+    made = round_trips(vae, videos, device, batch, decoder)
     truth = measure(videos, scenes, judges, same_motion=True)
     options = {"references": videos, "masks": masks, "same_motion": True}
     trip = measure(made, scenes, judges, **options)
@@ -276,6 +284,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vae_folder", type=Path, help="with --vae_only: a folder with another VAE, e.g. a training export"
     )
+    parser.add_argument("--tiny_vae", type=Path, help="with --vae_only: this tiny decoder shows the VAE's latents")
     parser.add_argument("--overwrite", action="store_true", help="make sections again that are already in --out")
     return parser.parse_args(argv)
 
@@ -297,12 +306,14 @@ def main(argv: list[str] | None = None) -> int:
         judges = load_judges(args.judges, device)
         vae_file = find_model_file(args.vae_folder or weights[0], VAE_FILES)
         settings = {"device": device.type, "vae_folder": str(args.vae_folder or ""), "n": args.num_gate_clips}
-        settings |= {"weights": fingerprint(vae_file, args.judges)}
+        settings |= {"weights": fingerprint(vae_file, args.judges, *([args.tiny_vae] if args.tiny_vae else []))}
         if not report.has("vae_gate", settings):
-            vae = load_vae(vae_file, device=device, dtype=resolve_dtype("auto", device))
-            gate = gate_section(vae, judges, device, args.num_gate_clips, args.batch_size, args.sheets)
+            dtype = resolve_dtype("auto", device)
+            vae = load_vae(vae_file, device=device, dtype=dtype)
+            tiny = load_tiny_vae(args.tiny_vae, device=device, dtype=dtype) if args.tiny_vae else None
+            gate = gate_section(vae, judges, device, args.num_gate_clips, args.batch_size, args.sheets, tiny)
             report.put("vae_gate", settings, gate)
-            del vae
+            del vae, tiny
     if args.vae_only:
         return 0 if all(row["passed"] for row in report.content["vae_gate"]["gate"].values()) else 1
 

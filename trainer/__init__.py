@@ -7,10 +7,12 @@ from trainer.distillation import ScoreDistillationTrainer
 from trainer.gan import GANTrainer
 from trainer.ode import ODETrainer
 from trainer.text import TextTrainer
+from trainer.tiny_vae import TinyVAETrainer
 from trainer.vae import VAETrainer
 
 TRAINERS: dict[str, type[Trainer]] = {
     "vae": VAETrainer,
+    "tiny_vae": TinyVAETrainer,
     "text": TextTrainer,
     "diffusion": DiffusionTrainer,
     "ode": ODETrainer,

@@ -87,19 +87,8 @@ class VAETrainer(Trainer):
         mean, logvar = (moment.float() for moment in self.vae.encode_moments(video))
         logvar = logvar.clamp(-30, 20)
         decoded = self.vae.decode(mean + (0.5 * logvar).exp() * noise).float()
-        weight = 1 + (self.config.vae.puppet_weight - 1) * mask
-        weight = weight / weight.mean()
-        error = decoded - video
-        return {
-            "l1": (weight * error.abs()).mean(),
-            "mse": (weight * error.square()).mean(),
-            "gradient": 0.5
-            * (
-                (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
-                + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-            ),
-            "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
-        }
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return {**picture_losses(decoded, video, mask, self.config.vae.puppet_weight), "kl": kl}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Tensor]:
@@ -142,6 +131,20 @@ class VAETrainer(Trainer):
             second = second + latents.square().sum(dim=(0, 2, 3, 4))
         mean = first / count
         return mean, (second / count - mean.square()).clamp(min=1e-12).sqrt()
+
+
+def picture_losses(decoded: Tensor, video: Tensor, mask: Tensor, mask_weight: float) -> dict[str, Tensor]:
+    """L1, MSE and L1 of pixel differences of [B, 3, T, H, W]; pixels under the mask [B, 1, T, H, W] count more."""
+    weight = 1 + (mask_weight - 1) * mask
+    weight = weight / weight.mean()
+    error = decoded - video
+    rows = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
+    columns = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
+    return {
+        "l1": (weight * error.abs()).mean(),
+        "mse": (weight * error.square()).mean(),
+        "gradient": 0.5 * (rows + columns),
+    }
 
 
 def psnr(mean_square_error: Tensor) -> Tensor:

@@ -115,6 +115,19 @@ class VaeConfig:
 
 
 @dataclass
+class TinyVaeConfig:
+    """A small decoder (TAEHV layout) for the latents of data.vae_folder; the losses are weighted as in `vae`."""
+
+    decoder_channels: list[int] = field(default_factory=lambda: [48, 32, 16])  # by size, smallest pictures first
+    decoder_space_upscale: list[bool] = field(default_factory=lambda: [True, True])
+    decoder_time_upscale: list[bool] = field(default_factory=lambda: [True, True])
+    patch_size: int = 2  # pixels that the last convolution makes at once, per side
+    teacher_share: float = 0.0  # of the picture to learn that is the full decoder's; the rest is the truth
+    pool_batches: int = 1  # encoded batches that steps draw from
+    steps_per_batch: int = 1  # steps between new batches in the pool; more where encoding is slow
+
+
+@dataclass
 class TextEncoderConfig:
     """Sizes of a text encoder trained from scratch (umT5 layout)."""
 
@@ -201,7 +214,9 @@ class Config:
     """The page. Defaults are those of the embedded puppet model."""
 
     # --- who ---
-    trainer: Literal["vae", "text", "diffusion", "ode", "consistency", "score_distillation", "gan"] = "diffusion"
+    trainer: Literal["vae", "tiny_vae", "text", "diffusion", "ode", "consistency", "score_distillation", "gan"] = (
+        "diffusion"
+    )
     distribution_loss: Literal["dmd", "sid", "causvid"] = "dmd"  # read by score distillation only
     model_name: str = "puppet-tiny"  # a folder in wan_models/ and a key of WAN_CONFIGS
     model_kwargs: ModelKwargs = field(default_factory=ModelKwargs)
@@ -262,6 +277,7 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
+    tiny_vae: TinyVaeConfig = field(default_factory=TinyVaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
@@ -306,6 +322,8 @@ class Config:
             ("sharding_group_size", self.sharding_group_size),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
             ("checkpoint.keep_last", self.checkpoint.keep_last),
+            ("tiny_vae.pool_batches", self.tiny_vae.pool_batches),
+            ("tiny_vae.steps_per_batch", self.tiny_vae.steps_per_batch),
             ("distillation.dfake_gen_update_ratio", self.distillation.dfake_gen_update_ratio),
             ("consistency.solver_steps", self.consistency.solver_steps),
         ):
@@ -315,6 +333,8 @@ class Config:
             if getattr(self.gan, name) <= 0:
                 raise ConfigError(f"gan.{name} is {getattr(self.gan, name)}; it is a length above 0, e.g. 0.1")
         self._check_data()
+        if not 0 <= self.tiny_vae.teacher_share <= 1:
+            raise ConfigError(f"tiny_vae.teacher_share is {self.tiny_vae.teacher_share}; a share lies in [0, 1]")
         if not 0 <= self.ema.weight < 1:
             raise ConfigError(f"ema.weight is {self.ema.weight}; it is the share of the old average kept, in [0, 1)")
 
