@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer import TRAINERS
-from utils.config import Config, ConfigError, dump, load_config
+from utils.config import Config, dump, load_config
 from utils.distributed import Ranks, init_distributed, shutdown
 from utils.errors import plain_errors
 from utils.heartbeat import Heartbeat
@@ -27,11 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     overrides = args.overrides + (["logging.wandb=false"] if args.disable_wandb else [])
     config = load_config(args.config_path, overrides)
-    if config.trainer not in TRAINERS:
-        raise ConfigError(
-            f"{args.config_path}: trainer '{config.trainer}' is not part of this version, the config is for inference; "
-            f"train with {' or '.join(TRAINERS)}"
-        )
     if args.dry_run:
         print(dump(config), end="")
         return 0

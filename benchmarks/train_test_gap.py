@@ -1,7 +1,7 @@
 """The train-test gap: what happens to a stream that goes on three, and twelve, times as long as the training clips.
 
-    python benchmarks/train_test_gap.py --start wan_models/puppet-tiny --teacher logs/puppet_teacher/export \
-        --ode_pairs data/puppet_ode_pairs --seconds 600 --docs docs
+    python benchmarks/train_test_gap.py --start wan_models/puppet-tiny --seconds 600 --docs docs
+    python benchmarks/train_test_gap.py --num_gpus 2 --teacher logs/puppet_teacher/export --ode_pairs data/ode_pairs
 
 Every method starts from the same many-step model, sees the same puppets and learns for the same --seconds on the same
 GPUs; self-forcing spends a share of them on its ODE initialisation. What they have in common, teacher and ODE pairs, is
@@ -27,7 +27,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, the repository is not on the path yet
 
-import train  # noqa: E402
 from benchmarks.embedded_model import describe_machine  # noqa: E402
 from benchmarks.gap_figures import FIGURES, accuracy_drop, beats, plot, summary, table  # noqa: E402
 from pipeline.build import build_pipeline  # noqa: E402
@@ -79,7 +78,7 @@ def trained(method: str, seed: int, args: argparse.Namespace) -> Path:
         run_dir = args.work / "runs" / f"{name}_seed{seed}"
         arguments = ["--config_path", f"configs/{stage.config}.yaml", "--logdir", str(run_dir), "--no_visualize"]
         arguments += [*length(stage, args), f"seed={seed}", f"model_name={model}", *helpers(stage, args)]
-        launch([*arguments, *stage.overrides, *args.overrides], args.num_gpus)
+        launch("train.py", [*arguments, *stage.overrides, *args.overrides], args)
         model = run_dir / "export"
     return Path(model)
 
@@ -94,34 +93,42 @@ def length(stage: Stage, args: argparse.Namespace) -> list[str]:
 def helpers(stage: Stage, args: argparse.Namespace) -> list[str]:
     """Settings that name the teacher and the ODE pairs, where a stage needs them."""
     if stage.config in ("puppet_dmd", "puppet_sid"):
-        return [f"distillation.real_name={needed(args.teacher, 'teacher')}"]
+        return [f"distillation.real_name={teacher(args)}"]
     if stage.config == "puppet_gan":
-        return [f"distillation.fake_name={needed(args.teacher, 'teacher')}"]
+        return [f"distillation.fake_name={teacher(args)}"]
     if stage.config == "puppet_ode":
-        return [f"data.path={needed(args.ode_pairs, 'ode_pairs')}"]
+        return [f"data.path={ode_pairs(args)}"]
     return []
 
 
-def needed(path: Path | None, what: str) -> Path:
-    remedy = {
-        "teacher": "train one with configs/puppet_teacher.yaml and give its export/ folder",
-        "ode_pairs": "make them with scripts/generate_ode_pairs.py and configs/puppet_ode.yaml",
-    }
-    if path is None or not path.is_dir():
-        raise ValueError(f"--{what} is {path}, but these methods need it: {remedy[what]}")
-    return path
+def teacher(args: argparse.Namespace) -> Path:
+    """The bidirectional teacher's model folder, after training it if none is given."""
+    if args.teacher is None:
+        run_dir, stage = args.work / "runs" / "teacher", Stage("puppet_teacher")
+        arguments = ["--config_path", f"configs/{stage.config}.yaml", "--logdir", str(run_dir), "--no_visualize"]
+        launch("train.py", [*arguments, *length(stage, args), f"model_name={args.start}", *args.overrides], args)
+        args.teacher = run_dir / "export"
+    return args.teacher
 
 
-def launch(arguments: list[str], num_gpus: int) -> None:
-    """train.py: here on one GPU, under torchrun on more. A run that is finished comes back at once."""
-    logger.info("train.py %s", " ".join(arguments))
-    if num_gpus == 1:
-        code = train.main(arguments)
-    else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_gpus}"]
-        code = subprocess.run([*torchrun, "train.py", *arguments], cwd=ROOT).returncode
+def ode_pairs(args: argparse.Namespace) -> Path:
+    """The folder of ODE trajectories, after making them if none is given: the start model's own, block by block."""
+    if args.ode_pairs is None:
+        folder = args.work / "ode_pairs"
+        arguments = ["--config_path", "configs/puppet_ode.yaml", "--puppet_captions", str(args.num_pairs)]
+        arguments += ["--causal_teacher", "--output", str(folder), "--batch_size", str(args.batch_size)]
+        launch("scripts/generate_ode_pairs.py", [*arguments, f"model_name={args.start}", *args.overrides], args)
+        args.ode_pairs = folder
+    return args.ode_pairs
+
+
+def launch(program: str, arguments: list[str], args: argparse.Namespace) -> None:
+    """A program of ours on one GPU or, under torchrun, on more. What is finished comes back at once."""
+    logger.info("%s %s", program, " ".join(arguments))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={args.num_gpus}"] if args.num_gpus > 1 else []
+    code = subprocess.run([sys.executable, *torchrun, str(ROOT / program), *arguments]).returncode
     if code:
-        raise RuntimeError(f"train.py ended with {code}; what it said stands above")
+        raise RuntimeError(f"{program} ended with {code}; what it said stands above")
 
 
 # --- measuring ---
@@ -244,8 +251,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--given", nargs="*", default=[], metavar="METHOD=FOLDER", help="models that are trained")
     parser.add_argument("--start", type=Path, default=Path("wan_models/puppet-tiny"), help="where every method begins")
-    parser.add_argument("--teacher", type=Path, help="model folder of the bidirectional teacher")
-    parser.add_argument("--ode_pairs", type=Path, help="folder of ODE trajectories")
+    parser.add_argument("--teacher", type=Path, help="model folder of the bidirectional teacher; default: train one")
+    parser.add_argument("--ode_pairs", type=Path, help="folder of ODE trajectories; default: make them")
+    parser.add_argument("--num_pairs", type=int, default=4096, help="ODE trajectories to make")
     parser.add_argument("--seconds", type=float, default=600.0, help="training time of a method")
     parser.add_argument("--steps", type=int, help="optimizer steps of a method, instead of --seconds")
     parser.add_argument("--train_seeds", type=int, nargs="+", default=[0])
@@ -268,7 +276,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if unknown:
         raise ValueError(f"--given names {', '.join(unknown)}; methods are {', '.join(METHODS)}")
     if args.toy:
-        args.steps, args.num_prompts, args.batch_size, args.size = args.steps or 2, 2, 2, 32
+        args.steps, args.num_prompts, args.batch_size, args.size, args.num_pairs = args.steps or 2, 2, 2, 32, 2
         args.horizons, args.sample_seeds = [12, 24], args.sample_seeds[:2]
         toy = ["height=32", "width=32", "batch_size=2", "compile=false", "num_training_frames=6", "sampling_steps=2"]
         toy += ["model_kwargs.local_attn_size=6", "data.pool_size=4", "data.min_fill=4", "data.encode_batch_size=2"]
@@ -279,8 +287,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for stage in (stage for method in args.methods if method not in args.given for stage in METHODS[method]):
-        helpers(stage, args)  # what is missing is told before hours of work
     judges = load_judges(args.judges, args.device)
     results = {"ground_truth": summary([true_group(seed, judges, args) for seed in args.sample_seeds])}
     passes: dict[str, int] = {}

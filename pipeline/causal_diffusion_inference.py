@@ -1,11 +1,12 @@
 """Words in, video out: the causal pipeline, few-step or many-step, whole or as a stream."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from pipeline.driving import DrivingVideo, latents_for, skipped_steps, whole_blocks
 from pipeline.image import ImageCondition, choose_image_mode, encode_image
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
@@ -78,12 +79,12 @@ class CausalDiffusionInferencePipeline:
         are needed. initial_latent [B, n, C, H, W]: given frames that the video goes on from; they are decoded and
         yielded too. input_image [B, 3, height, width] in [-1, 1]: by image_mode (pipeline.image; auto: what the
         checkpoint can) the first frame, the image of an i2v model, or a reference that is remembered and not shown.
+        video: one to make this one after, [B, F_px, 3, height, width] in [-1, 1] or an iterable of such pieces as they
+        come; as many frames are made. strength in (0, 1]: the share of the denoising steps that is taken.
         Raises ValueError for what does not fit, before anything is made.
         """
-        vae_cache = self.vae.make_cache()
-        for _, latents in self._walk(noise, text_prompts, **options):
-            pixels = self.vae.decode_to_pixel(latents, cache=vae_cache)
-            yield (pixels + 1) / 2
+        for _, pixels in self._decoded(noise, text_prompts, **options):
+            yield pixels
 
     @torch.no_grad()
     def inference(
@@ -93,14 +94,28 @@ class CausalDiffusionInferencePipeline:
 
         Arguments are `stream`'s; the video must have an end.
         """
-        if noise is None and options.get("num_frames") is None:
+        if noise is None and options.get("num_frames") is None and options.get("video") is None:
             raise ValueError("inference() needs num_frames or noise; use stream() for a video without end")
-        vae_cache, pixels, latents = self.vae.make_cache(), [], []
-        for _, block_latents in self._walk(noise, text_prompts, **options):
-            latents.append(block_latents)
-            pixels.append((self.vae.decode_to_pixel(block_latents, cache=vae_cache) + 1) / 2)
+        latents, pixels = zip(*self._decoded(noise, text_prompts, **options), strict=True)
         video = torch.cat(pixels, dim=1)
         return (video, torch.cat(latents, dim=1)) if return_latents else video
+
+    def _decoded(
+        self,
+        noise: Tensor | None,
+        text_prompts: Sequence[str],
+        *,
+        video: Tensor | Iterable[Tensor] | None = None,
+        **options,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents and pixels of every block; after a driving video, as many frames as it has."""
+        vae_cache, num_made = self.vae.make_cache(), 0
+        for latents, driving in self._walk(noise, text_prompts, video=video, **options):
+            pixels = (self.vae.decode_to_pixel(latents, cache=vae_cache) + 1) / 2
+            if driving is not None:
+                pixels = pixels[:, : driving.num_frames - num_made]
+            num_made += pixels.shape[1]
+            yield latents, pixels
 
     @torch.no_grad()
     def encode_image(
@@ -120,12 +135,14 @@ class CausalDiffusionInferencePipeline:
         initial_latent: Tensor | None = None,
         input_image: Tensor | None = None,
         image_mode: str = "auto",
+        video: Tensor | Iterable[Tensor] | None = None,
+        strength: float = 0.6,
         seeds: Sequence[int] | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> Iterator[tuple[FrameBlock, Tensor]]:
-        """Blocks and their latents, given ones included."""
+    ) -> Iterator[tuple[Tensor, DrivingVideo | None]]:
+        """Latents of every block, given ones included, and what drives them."""
         if isinstance(text_prompts, str):
             text_prompts = [text_prompts]
         if not text_prompts:
@@ -144,6 +161,15 @@ class CausalDiffusionInferencePipeline:
             num_frames = num_given + noise.shape[1]
         elif num_frames is not None:
             num_frames += image.num_hidden
+        driving, skip = None, 0
+        if video is not None:
+            skip = skipped_steps(self.num_steps, strength)
+            stride = self.vae.model.spatial_stride
+            driving = DrivingVideo(self.vae, video, (batch, shape[1] * stride, shape[2] * stride))
+            if num_frames is None and isinstance(video, Tensor):
+                length = image.num_hidden + latents_for(video.shape[1], self.vae.model.temporal_stride)
+                first = num_given or int(self.independent_first_frame)
+                num_frames = whole_blocks(length, (first, self.num_frame_per_block))
         for name, tensor in (("noise", noise), ("initial_latent", initial_latent)):
             if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *shape):
                 raise ValueError(
@@ -154,6 +180,8 @@ class CausalDiffusionInferencePipeline:
         blocks = plan_blocks(num_frames, self.num_frame_per_block, self.independent_first_frame, num_given)
         if num_frames is not None:
             blocks = list(blocks)  # a length that does not split is refused here, before anything is made
+        if driving is not None:
+            blocks = driving.follow(blocks, image.num_hidden)
         paths = self._paths(text_prompts, shape, num_frames, image)
 
         def sample(block: FrameBlock, paths: list[Path]) -> Tensor:
@@ -161,7 +189,8 @@ class CausalDiffusionInferencePipeline:
                 start = draw((batch, block.num_frames, *shape))
             else:
                 start = noise[:, block.start - num_given : block.stop - num_given].float()
-            return self.sample_block(start.to(self.device), block, paths, draw)
+            after = None if driving is None else driving.latents.to(self.device)
+            return self.sample_block(start.to(self.device), block, paths, draw, after, skip)
 
         if initial_latent is not None:
             initial_latent = initial_latent.to(self.device)
@@ -180,7 +209,7 @@ class CausalDiffusionInferencePipeline:
         for block, latents in walk:
             shown = latents[:, max(0, image.num_hidden - block.start) :]
             if shown.shape[1]:
-                yield block, shown
+                yield shown, driving
             if stream != self._streams:
                 raise RuntimeError(
                     "a newer stream of the same pipeline took over its caches; make one pipeline per stream"
@@ -244,9 +273,26 @@ class CausalDiffusionInferencePipeline:
         for cache in filter(None, (self.kv_cache_pos, self.kv_cache_neg)):
             cache.reset()
 
-    def sample_block(self, noise: Tensor, block: FrameBlock, paths: list[Path], draw: SampleNoise) -> Tensor:
-        """Clean latents of one block from its start noise [B, f, C, H, W] float32."""
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of a block."""
+        return self.sampling_steps if self.timesteps is None else len(self.timesteps)
+
+    def sample_block(
+        self,
+        noise: Tensor,
+        block: FrameBlock,
+        paths: list[Path],
+        draw: SampleNoise,
+        after: Tensor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
+        """Clean latents of one block from its start noise [B, f, C, H, W] float32.
+
+        after: latents to be changed rather than made up, from the noise level that `skip` steps leave.
+        """
         denoise = guided(self.generator, paths, block, self.guidance_scale)
         if self.timesteps is not None:
-            return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw)
-        return multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)
+            return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw, start=after, skip=skip)
+        shift = self.generator.scheduler.shift
+        return multi_step(denoise, noise, self.solver, self.sampling_steps, shift, start=after, skip=skip)

@@ -16,10 +16,22 @@ Draw = Callable[[torch.Size], Tensor]  # fresh unit noise of a shape
 
 
 def few_step(
-    denoise: Denoise, noise: Tensor, timesteps: Sequence[float], scheduler: FlowMatchScheduler, draw: Draw
+    denoise: Denoise,
+    noise: Tensor,
+    timesteps: Sequence[float],
+    scheduler: FlowMatchScheduler,
+    draw: Draw,
+    *,
+    start: Tensor | None = None,
+    skip: int = 0,
 ) -> Tensor:
-    """Predict x0, noise it again to the next time, and so on (Self-Forcing, arXiv 2506.08009, algorithm 2)."""
-    x = noise
+    """Predict x0, noise it again to the next time, and so on (Self-Forcing, arXiv 2506.08009, algorithm 2).
+
+    skip: leave out so many first steps, and begin with the latents `start` at the noise of the next one (SDEdit, arXiv
+    2108.01073).
+    """
+    timesteps = timesteps[skip:]
+    x = scheduler.add_noise(start, noise, timesteps[0]) if skip else noise
     for i, t in enumerate(timesteps):
         _, x0 = denoise(x, t)
         if i + 1 < len(timesteps):
@@ -41,11 +53,20 @@ def multi_step(
     shift: float,
     *,
     see: Callable[[int, Tensor], None] | None = None,
+    start: Tensor | None = None,
+    skip: int = 0,
 ) -> Tensor:
-    """Follow the probability-flow ODE with a fresh solver on Wan's grid. see(i, x) is shown the state before step i."""
+    """Follow the probability-flow ODE with a fresh solver on Wan's grid. see(i, x) is shown the state before step i.
+
+    start and skip are `few_step`'s.
+    """
     scheduler = make_solver(solver, steps, shift, noise.device)
     x = noise
-    for i, t in enumerate(scheduler.timesteps):
+    if skip:
+        scheduler.set_begin_index(skip)
+        sigma = scheduler.sigmas[skip]
+        x = (1 - sigma) * start + sigma * noise
+    for i, t in enumerate(scheduler.timesteps[skip:], start=skip):
         if see is not None:
             see(i, x)
         flow, _ = denoise(x, t)

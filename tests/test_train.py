@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import train
 from tests.scripts.loading import load_script
+from trainer import TRAINERS
 from utils.checkpoint import load_generator
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder
 from wan.configs import WAN_CONFIGS, WanConfig
 from wan.modules.vae import load_vae
@@ -134,10 +136,18 @@ def test_no_save(tmp_path: Path):
     assert (tmp_path / "metrics.jsonl").is_file()
 
 
+def test_every_trainer_that_a_config_may_name_is_there():
+    assert set(get_args(get_type_hints(Config)["trainer"])) == set(TRAINERS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config_path", "configs/puppet_vae.yaml", "trainer=gna"], "setting 'trainer'"),
+        (["--config_path", "configs/puppet_vae.yaml", "trainer=gna"], "expected one of ['vae', 'text', 'diffusion', "),
+        (
+            ["--config_path", "configs/puppet_dmd.yaml", "distribution_loss=gan"],
+            "expected one of ['dmd', 'sid', 'causvid']",
+        ),
         (["--config_path", "configs/none.yaml"], "no such file"),
         (["--config_path", "configs/puppet_vae.yaml", "bach_size=2"], "did you mean 'batch_size'?"),
         (["--config_path", "configs/puppet_vae.yaml", *VAE, "total_batch_size=3"], "no multiple of batch_size"),

@@ -19,7 +19,8 @@ def run(folder: Path, models: Path, *more: str) -> dict:
 
 
 def test_the_whole_road(tmp_path: Path, tiny_model_folder: Path, monkeypatch):
-    methods = ["--methods", "teacher_forcing", "self_forcing_dmd", "--given", f"self_forcing_dmd={tiny_model_folder}"]
+    methods = ["--methods", "teacher_forcing", "self_forcing_dmd", "--given"]
+    methods += [f"{name}={tiny_model_folder}" for name in methods[1:3]]
     report = run(tmp_path, tiny_model_folder, *methods)
     assert list(report["methods"]) == ["ground_truth", "teacher_forcing", "self_forcing_dmd"]
     passes = [report["methods"][name]["passes_per_block"] for name in methods[1:3]]
@@ -77,8 +78,27 @@ def test_a_plot_of_one_point_has_a_scale(tmp_path: Path):
     assert path.stat().st_size > 500
 
 
-def test_what_is_missing_is_named(tmp_path: Path, tiny_model_folder: Path):
-    with pytest.raises(ValueError, match="--ode_pairs is None.*generate_ode_pairs"):
-        run(tmp_path, tiny_model_folder, "--methods", "ode_init")
+def test_helpers_that_are_not_given_are_made_first(tmp_path: Path, monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        train_test_gap, "launch", lambda program, arguments, args: launched.append((program, arguments))
+    )
+    args = train_test_gap.parse_args(["--work", str(tmp_path), "--steps", "100", "--start", "models/start"])
+    model = train_test_gap.trained("self_forcing_dmd", 3, args)
+    programs = [program for program, _ in launched]
+    assert programs == ["scripts/generate_ode_pairs.py", "train.py", "train.py", "train.py"]
+    pairs, ode, teacher, dmd = (arguments for _, arguments in launched)
+    assert "model_name=models/start" in pairs and "--causal_teacher" in pairs
+    assert "max_steps=30" in ode and f"data.path={tmp_path / 'ode_pairs'}" in ode
+    assert "configs/puppet_teacher.yaml" in teacher and "max_steps=100" in teacher
+    assert "max_steps=70" in dmd and "seed=3" in dmd
+    assert f"distillation.real_name={tmp_path / 'runs' / 'teacher' / 'export'}" in dmd
+    assert f"model_name={tmp_path / 'runs' / 'puppet_ode_0.3_seed3' / 'export'}" in dmd
+    launched.clear()
+    assert train_test_gap.trained("self_forcing_sid", 3, args) != model
+    assert len(launched) == 2, "the ODE stage is the same run; helpers are there"
+
+
+def test_a_method_that_is_none_is_refused(tmp_path: Path, tiny_model_folder: Path):
     with pytest.raises(ValueError, match="--given names dmd"):
         run(tmp_path, tiny_model_folder, "--given", "dmd=logs/x")
