@@ -237,6 +237,8 @@ class Config:
     sampling_steps: int = 16
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
     negative_prompt: str = ""
+    image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
+    strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
     # --- the video ---
     height: int = 128  # pixels, a multiple of 16
@@ -313,6 +315,8 @@ class Config:
         for name in ("timestep_shift", "fps", "sampling_steps", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength is {self.strength}; it lies in (0, 1]: little keeps the driving video")
         if self.total_batch_size is not None and self.total_batch_size % self.batch_size:
             raise ConfigError(
                 f"total_batch_size {self.total_batch_size} is no multiple of batch_size {self.batch_size}; "
