@@ -14,14 +14,7 @@ FOUR = ("fps_transformer", "fps_with_vae", "fps_client", "first_frame_s")
 
 
 def run(folder: Path, model: Path, name: str, *more: str) -> dict:
-    arguments = [
-        "--preset",
-        "embedded",
-        "--json",
-        str(folder / f"{name}.json"),
-        "--markdown",
-        str(folder / f"{name}.md"),
-    ]
+    files = ["--json", str(folder / f"{name}.json"), "--markdown", str(folder / f"{name}.md")]
     settings = [f"model_name={model}", "height=32", "width=32", "num_output_frames=6", "device=cpu"]
     assert realtime.main(["--preset", "embedded", *files, *settings, *more]) == 0
     return json.loads((folder / f"{name}.json").read_text())
