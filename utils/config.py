@@ -345,7 +345,7 @@ class Config:
 
     def _check_data(self) -> None:
         data = self.data
-        if data.kind != "puppet" and self.trainer in ("vae", "text"):
+        if data.kind != "puppet" and self.trainer in ("vae", "tiny_vae", "text"):
             raise ConfigError(f"data.kind is {data.kind}, but trainer {self.trainer} learns from puppets; leave it out")
         if data.kind != "puppet" and data.path is None:
             raise ConfigError(f"data.kind is {data.kind}, but data.path does not say where they are; set data.path")
