@@ -70,6 +70,7 @@ class DataSource:
         self.tokenizer, self.encoder, self.learns_from = tokenizer, encoder, learns_from
         self.cache: TextCache | None = None
         self.prompts: list[str] | None = None  # of the data, where they are a list
+        self.captions: dict[str, str] | None = None  # of videos, as they stand beside them now
         total = config.total_batch_size or config.batch_size * ranks.size
         self.walk = {"seed": config.seed, "samples_per_step": total}
 
@@ -77,7 +78,7 @@ class DataSource:
         """The training data, after making what its caches of latents and words lack; all ranks call this together."""
         config, settings = self.config, self.config.data
         if settings.kind == "videos":
-            fill_latent_cache(config, self.vae_folder, self.ranks, self.dtype)
+            self.captions = fill_latent_cache(config, self.vae_folder, self.ranks, self.dtype)
         data = self._open("train")
         self.prompts = getattr(data, "prompts", None)
         if settings.text_cache:
@@ -137,6 +138,7 @@ class DataSource:
             dtype=self.dtype,
             split=split,
             num_heldout=settings.num_eval_clips,
+            captions=self.captions,
             **self.walk,
         )
 
@@ -205,10 +207,10 @@ def trajectories_about(config: Config, *, causal: bool) -> dict[str, Any]:
     return wanted | {"height": config.height, "width": config.width}
 
 
-def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Encode the videos in data.path that the latent cache lacks, each rank its share."""
+def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> dict[str, str]:
+    """Encode the videos in data.path that the latent cache lacks, each rank its share; return the captions by name."""
     vae = WanVAEWrapper(str(vae_folder), device=ranks.device, dtype=dtype)
-    encode_videos(
+    return encode_videos(
         config.data.path,
         latent_cache(config),
         vae.encode_to_latent,

@@ -108,6 +108,27 @@ def test_a_second_run_encodes_only_what_is_new(videos, tmp_path):
     assert len(dataset(tmp_path / "latents").clips) == 4
 
 
+def test_videos_that_change_their_words_their_pictures_or_leave(videos, tmp_path):
+    def now() -> dict[int, str]:
+        """First grey of every clip -> its caption, as a run finds them."""
+        captions = encode_videos(tmp_path, tmp_path / "latents", mean_encode, SHAPE, vae="abc", ranks=Ranks(CPU))
+        data = dataset(tmp_path / "latents", captions=captions)
+        drawn = data.draw(SampleRngs(Rngs(0, 0, CPU), range(len(data.clips))))
+        assert sorted(set(data.prompts)) == sorted({read(ids) for ids in drawn.ids})
+        return {round(float((x[0, 0, 0, 0] + 1) * 32)): read(i) for x, i in zip(drawn.latents, drawn.ids, strict=True)}
+
+    for name, first in (("a", 0), ("b", 40)):
+        write_video(tmp_path / f"{name}.mp4", grey(9, first), fps=16)
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert now() == {0: "a", 40: "b"}
+    (tmp_path / "a.txt").write_text("told anew")
+    assert now() == {0: "told anew", 40: "b"}
+    write_video(tmp_path / "a.mp4", grey(11, 20), fps=16)
+    assert now() == {20: "told anew", 40: "b"}
+    (tmp_path / "b.mp4").unlink()
+    assert now() == {20: "told anew"}
+
+
 @pytest.fixture
 def troubled(videos, tmp_path) -> Path:
     folder = tmp_path / "troubled"
@@ -130,6 +151,7 @@ def test_what_cannot_be_used_is_named_and_left_out(troubled, tmp_path, caplog):
     encode(troubled, tmp_path / "out")
     assert [read(dataset(tmp_path / "out").draw(SampleRngs(Rngs(0, 0, CPU), range(1))).ids[0])] == ["good"]
     said = "\n".join(caplog.messages)
+    assert f"5 videos of {troubled} left out" in said
     assert f"left out: {troubled / 'mute.mp4'} has no caption in mute.txt" in said
     assert f"left out: {troubled / 'empty.mp4'} has no caption in empty.txt" in said
     assert f"left out: {troubled / 'torn.mp4'} cannot be read as a video" in said
