@@ -2,6 +2,9 @@
 
     python inference.py                                                 # the embedded model, prompts/puppet_world.txt
     python inference.py --prompt "a red puppet waves before a blue wall" --seed 7
+    python inference.py --prompt "a red puppet waves" --input_image start.png
+    python inference.py --prompt "a blue puppet waves" --video drive.mp4 --strength 0.7
+    python inference.py --data_path batch.jsonl                         # each line: prompt, image, video, seed
     python inference.py --config_path configs/self_forcing_dmd.yaml --data_path prompts/cinematic.txt --use_ema
     torchrun --nproc_per_node=8 inference.py --config_path configs/self_forcing_dmd.yaml ...
 
@@ -26,16 +29,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.batches import BATCH_SUFFIXES, read_batch
 from utils.config import Config, config_hash, dump, load_config
 from utils.distributed import resolve_device
 from utils.errors import plain_errors
 from utils.memory import MemoryPlan, plan_inference
 from utils.prompts import Prompt, read_image_prompts, read_prompts, video_seed
-from utils.video import VideoWriter, contact_sheet, load_image, read_video, resize_cover, safe_name
+from utils.video import (
+    VideoWriter,
+    contact_sheet,
+    load_image,
+    read_video,
+    resize_cover,
+    safe_name,
+    video_length,
+    video_pieces,
+)
 
 DEFAULT_CONFIG = "configs/puppet_tiny.yaml"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "puppet_world.txt"
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # what torchrun sets, and what holds without it
+IMAGE_MODES = ("auto", "context", "concat", "ref_sink")
 CONTACT_SHEET_ROWS, CONTACT_SHEET_COLUMNS = 16, 6
 
 logger = logging.getLogger(__name__)
@@ -69,7 +83,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--use_ema", action="store_true", help="take generator_ema from the checkpoint, not generator")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--data_path", type=Path, help="text file with one prompt per line; with --i2v: images + captions"
+        "--data_path",
+        type=Path,
+        help=".txt with one prompt per line; .jsonl or .csv with prompt, image, video, seed; --i2v: images + captions",
     )
     source.add_argument("--prompt", action="append", help="a prompt given here; may be repeated")
     add(
@@ -83,7 +99,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, help="with prompt and sample number it decides each video's noise (default: 0)")
     visual = parser.add_mutually_exclusive_group()
     visual.add_argument("--i2v", action="store_true", help="image to video: --data_path holds images with captions")
+    visual.add_argument("--input_image", type=Path, metavar="IMAGE", help="image for every prompt without its own")
     visual.add_argument("--extend", type=Path, metavar="VIDEO", help="go on from the end of this video")
+    add(
+        "--image_mode",
+        choices=IMAGE_MODES,
+        help="the image is the first frame (context), what an i2v checkpoint reads (concat), or a reference not "
+        "shown (ref_sink); default: auto, what the checkpoint can",
+    )
+    add("--video", type=Path, metavar="VIDEO", help="driving video for every prompt without its own: video to video")
+    add("--strength", type=float, help="of the change to the driving video, in (0, 1] (default: 0.6)")
+    add("--guidance_scale", type=float, help="how strongly many-step models follow words; 1: off, twice as fast")
     add("--save_with_index", action="store_true", help="name files <line>-<sample>_<regular|ema>.mp4, not by prompt")
     add("--overwrite", action="store_true", help="make videos again that exist already")
     add("--dry_run", action="store_true", help="print the resolved settings and stop")
@@ -100,6 +126,9 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
         "num_output_frames": arguments.num_output_frames,
         "seed": arguments.seed,
         "device": arguments.device,
+        "image_mode": arguments.image_mode,
+        "strength": arguments.strength,
+        "guidance_scale": arguments.guidance_scale,
     }
     config = replace(
         load_config(arguments.config_path, arguments.overrides),
@@ -118,9 +147,19 @@ def read_requested_prompts(arguments: argparse.Namespace) -> list[Prompt]:
         prompts = [Prompt(text.strip(), text.strip()) for text in arguments.prompt]
         if not all(prompt.text for prompt in prompts):
             raise ValueError('--prompt is empty; say what is to be seen, e.g. --prompt "a red puppet waves"')
+    elif arguments.data_path is not None and arguments.data_path.suffix.lower() in BATCH_SUFFIXES:
+        if arguments.extended_prompt_path:
+            raise ValueError("--extended_prompt_path extends a text file; in a list, write the prompt you mean")
+        prompts = read_batch(arguments.data_path)
     else:
         prompts = read_prompts(arguments.data_path or DEFAULT_PROMPTS, arguments.extended_prompt_path)
-    return prompts[: arguments.first]
+    for name in ("input_image", "video"):
+        if (path := getattr(arguments, name)) is not None and not path.is_file():
+            raise FileNotFoundError(f"no file at {path}, which --{name} names")
+    return [
+        replace(prompt, image=prompt.image or arguments.input_image, video=prompt.video or arguments.video)
+        for prompt in prompts[: arguments.first]
+    ]
 
 
 def plan_requests(arguments: argparse.Namespace, config: Config, prompts: Sequence[Prompt]) -> list[Request]:
@@ -129,12 +168,13 @@ def plan_requests(arguments: argparse.Namespace, config: Config, prompts: Sequen
     requests: dict[Path, Request] = {}
     for index, prompt in enumerate(prompts):
         for sample in range(arguments.num_samples):
+            seed = config.seed if prompt.seed is None else prompt.seed
             if arguments.save_with_index:
                 name = f"{index}-{sample}_{weights}"
             else:
-                name = f"{safe_name(prompt.name, key=prompt.key)}-seed{config.seed}-{sample}"
+                name = f"{safe_name(prompt.name, key=prompt.key)}-seed{seed}-{sample}"
             path = arguments.output_folder / f"{name}.mp4"
-            requests.setdefault(path, Request(prompt, sample, video_seed(config.seed, prompt.key, sample), path))
+            requests.setdefault(path, Request(prompt, sample, video_seed(seed, prompt.key, sample), path))
     return list(requests.values())
 
 
@@ -178,38 +218,63 @@ def read_video_to_extend(path: Path, config: Config) -> Tensor:
     return resize_cover(frames, config.height, config.width).mul(2).sub(1)[None]
 
 
-def make_video(pipeline, request: Request, config: Config, num_frames: int, start: Tensor | None) -> Iterator[Tensor]:
+def count_latents(pipeline, prompt: Prompt, config: Config, asked: int | None, to_extend: Tensor | None) -> int:
+    """Latents of one video in all.
+
+    As many blocks as without, after what is given; after a driving video as many as that has, if none are asked for.
+    """
+    from pipeline.driving import latents_for, whole_blocks
+
+    given = 0 if to_extend is None else 1 + (to_extend.shape[1] - 1) // 4
+    is_first_frame = config.image_mode in ("auto", "context") and pipeline.clip is None
+    given += int(prompt.image is not None and is_first_frame)
+    first = given or int(config.independent_first_frame)
+    if prompt.video is not None and asked is None:
+        return whole_blocks(latents_for(video_length(prompt.video, config.fps), 4), (first, config.num_frame_per_block))
+    return config.num_output_frames + first - int(config.independent_first_frame)
+
+
+def make_video(
+    pipeline, request: Request, config: Config, num_frames: int, to_extend: Tensor | None
+) -> Iterator[Tensor]:
     """Pixels of one video, `[f, 3, H, W]` in [0, 1], block by block.
 
-    start: what the video begins with, `[1, 1 + 4 n, 3, H, W]` in [-1, 1]; num_frames: latents in all, its own included.
+    num_frames: latents in all, given ones included. to_extend: its beginning, `[1, 1 + 4 n, 3, H, W]` in [-1, 1].
     """
+    prompt, options = request.prompt, {}
+    if to_extend is not None:
+        options["initial_latent"] = pipeline.vae.encode_to_latent(to_extend)
+    if prompt.image is not None:
+        options["input_image"] = load_image(prompt.image, config.height, config.width)[None]
+        options["image_mode"] = config.image_mode
+    if prompt.video is not None:
+        pieces = video_pieces(prompt.video, config.fps, config.height, config.width)
+        options |= {"video": (piece[None] for piece in pieces), "strength": config.strength}
     for pixels in pipeline.stream(
-        text_prompts=[request.prompt.text],
-        initial_latent=None if start is None else pipeline.vae.encode_to_latent(start),
+        text_prompts=[prompt.text],
         seeds=[request.seed],
         num_frames=num_frames,
         height=config.height,
         width=config.width,
+        **options,
     ):
         yield pixels[0]
 
 
 def make_videos(
-    pipeline, requests: Sequence[Request], folder: Path, config: Config, num_frames: int, to_extend: Tensor | None
+    pipeline, requests: Sequence[tuple[Request, int]], folder: Path, config: Config, to_extend: Tensor | None
 ) -> list[str]:
-    """Write every requested video of num_frames latents; returns one sentence for each that could not be made."""
+    """Write every requested video of so many latents; returns one sentence for each that could not be made."""
     failures = []
     in_silence = not logger.isEnabledFor(logging.INFO)  # one bar for all processes of a run
-    with tqdm(total=(1 + 4 * (num_frames - 1)) * len(requests), unit="frame", disable=in_silence) as bar:
-        for number, request in enumerate(requests, start=1):
+    total = sum(1 + 4 * (num_frames - 1) for _, num_frames in requests)
+    with tqdm(total=total, unit="frame", disable=in_silence) as bar:
+        for number, (request, num_frames) in enumerate(requests, start=1):
             bar.set_description(f"video {number}/{len(requests)}")
             began = time.perf_counter()
             try:
-                start = to_extend
-                if request.prompt.image is not None:
-                    start = load_image(request.prompt.image, config.height, config.width)[None, None]
                 with VideoWriter(request.path, config.fps) as writer:
-                    for frames in make_video(pipeline, request, config, num_frames, start):
+                    for frames in make_video(pipeline, request, config, num_frames, to_extend):
                         writer.append(frames)
                         bar.update(len(frames))
             except ValueError as error:  # this prompt's fault; the others can still be made
@@ -228,7 +293,8 @@ def describe(request: Request, config: Config, writer: VideoWriter, seconds: flo
         "prompt": prompt.name,
         **({"extended_prompt": prompt.text} if prompt.text != prompt.name else {}),
         **({"image": str(prompt.image)} if prompt.image else {}),
-        "seed": config.seed,
+        **({"video": str(prompt.video), "strength": config.strength} if prompt.video else {}),
+        "seed": config.seed if prompt.seed is None else prompt.seed,
         "sample": request.sample,
         "video_seed": request.seed,
         "config_hash": config_hash(config),
@@ -294,6 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve_config(arguments)
     prompts = read_requested_prompts(arguments)
     requests = plan_requests(arguments, config, prompts)
+    if not config.causal and any(prompt.video for prompt in prompts):
+        raise ValueError("a bidirectional model follows no driving video; set causal=true, or leave the video out")
     if arguments.dry_run:
         print(dump(config), end="")
         print(f"# {len(requests)} videos into {arguments.output_folder}/, nothing was made")
@@ -308,14 +376,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         to_extend = read_video_to_extend(arguments.extend, config) if arguments.extend else None
         pipeline = load_pipeline(config, device)
-        num_frames = config.num_output_frames
-        if arguments.i2v or arguments.extend:  # as many blocks as without, after what is given
-            num_given = 1 if arguments.i2v else 1 + (to_extend.shape[1] - 1) // 4
-            num_frames += num_given - int(config.independent_first_frame)
-        plan = plan_memory(pipeline, config, num_frames)
+        lengths = [
+            count_latents(pipeline, request.prompt, config, arguments.num_output_frames, to_extend)
+            for request in missing
+        ]
+        plan = plan_memory(pipeline, config, max(lengths))
         logger.info("memory on %s: %s", device, plan)
         plan.check(device)
-        failures = make_videos(pipeline, missing, arguments.output_folder, config, num_frames, to_extend)
+        pairs = list(zip(missing, lengths, strict=True))
+        failures = make_videos(pipeline, pairs, arguments.output_folder, config, to_extend)
     sheet = draw_contact_sheet(arguments.output_folder, requests)
     who = f"process {rank}: " if world_size > 1 else ""
     counts = f"{len(missing) - len(failures)} videos made, {len(mine) - len(missing)} kept"

@@ -41,7 +41,8 @@ class GAN:
     The discriminator's slope is held down on real clips (r1_weight) and on made ones (r2_weight): half of |dD/dx|^2,
     measured without second derivatives as ((D(x + sigma z) - D(x)) / sigma)^2 (arXiv 2501.08316). In bfloat16 sigma
     must stay well above the rounding of the logits: 0.1 rather than 0.01.
-    denoising_weight: the critic's network also goes on as a score of what the generator makes, by the same pass.
+    denoising_weight: the critic's network also goes on as a score of what the generator makes, by the same pass; how
+    well it does so is told in any case.
     """
 
     def __init__(
@@ -106,11 +107,14 @@ class GAN:
                 slope = ((nudged - logits) / sigma).square().mean()
                 loss = loss + 0.5 * weight * slope
                 details[name] = slope.detach()
-        if self.denoising_weight:
-            denoising = self.denoising_loss(flow, made.latents, noise, fake_t, t).mean()
-            loss = loss + self.denoising_weight * denoising
-            details["denoising"] = denoising.detach()
-        return loss, details
+        denoising = self.denoising_loss(flow, made.latents, noise, fake_t, t).mean()
+        details["denoising"] = denoising.detach()
+        return loss + self.denoising_weight * denoising, details
+
+
+def published_critic_name(name: str) -> str:
+    """A parameter of Discriminator under its name in published critics: model.*, _cls_pred_branch.*, ..."""
+    return name.removeprefix("score.").removeprefix("head.")
 
 
 def real_clips(batch: Batch, made: Tensor) -> Tensor:

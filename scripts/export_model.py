@@ -20,7 +20,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from trainer import TRAINERS  # noqa: E402 (run as a script, the repository is not on the path yet)
+from model.gan import published_critic_name  # noqa: E402 (run as a script, the repository is not on the path yet)
+from trainer import TRAINERS  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.distributed import init_distributed  # noqa: E402
 from utils.errors import plain_errors  # noqa: E402
@@ -71,6 +72,7 @@ def published(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     }
     if not parts["generator"]:
         raise ValueError("this run trained no generator; give an output folder instead of a file")
+    parts["critic"] = {published_critic_name(name): tensor for name, tensor in parts["critic"].items()}
     return {key: part for key, part in parts.items() if part}
 
 

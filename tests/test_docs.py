@@ -1,4 +1,4 @@
-"""docs/training.md speaks of what is there: recipes, settings, files."""
+"""docs/training.md and training_data.md speak of what is there: recipes, settings, files, sizes."""
 
 import dataclasses
 import re
@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from trainer import TRAINERS
+from trainer.data import KINDS
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-CODE = re.findall(r"`([^`\n]+)`", TEXT)
+DATA_TEXT = (ROOT / "docs" / "training_data.md").read_text(encoding="utf-8")
+CODE = re.findall(r"`([^`\n]+)`", TEXT + DATA_TEXT)
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+KINDS_OF_DATA = {kind for kinds in KINDS.values() for kind in kinds}
 NOT_TRAINED = {"default_config", "puppet_tiny", "wan_1.3b"}
 
 
@@ -23,7 +26,7 @@ def test_every_recipe_and_every_trainer_is_named():
 
 
 def test_every_recipe_that_is_named_is_there():
-    named = {word for word in CODE if re.fullmatch(r"(puppet|self_forcing|causal|ode)_[a-z]+", word)}
+    named = {word for word in CODE if re.fullmatch(r"(puppet|self_forcing|causal|ode)_[a-z]+", word)} - KINDS_OF_DATA
     assert len(named) > 12
     assert not {name for name in named if not (ROOT / "configs" / f"{name}.yaml").is_file()}
 
@@ -38,9 +41,25 @@ def test_every_setting_that_is_named_is_there():
     assert not set(plain) - {f.name for f in dataclasses.fields(Config)}
 
 
-FILES = sorted(set(re.findall(r"(?:scripts|benchmarks|tests|pipeline|utils)/[\w/]+\.py", TEXT)))
+FILES = sorted(set(re.findall(r"(?:scripts|benchmarks|tests|pipeline|utils)/[\w/]+\.py", TEXT + DATA_TEXT)))
 
 
 @pytest.mark.parametrize("path", FILES)
 def test_every_file_that_is_named_is_there(path: str):
     assert (ROOT / path).is_file()
+
+
+def test_sizes_on_disk_follow_from_shapes():
+    """bfloat16: clips of 21 latents of 16 channels, 5 states per pair, prompts of 100 tokens; puppets are 192 wide."""
+    rows = re.findall(
+        r"^\| (?:clip|an hour|1,000).*?\| ([\d.]+) (MB|GB) \| ([\d.]+) (MB|GB) \|$", DATA_TEXT, re.MULTILINE
+    )
+    said = [[float(n) * {"MB": 1e6, "GB": 1e9}[unit] for n, unit in (row[:2], row[2:])] for row in rows]
+    for place, (cells, width) in enumerate([(60 * 104, 4096), (16 * 16, 192)]):
+        clip = 2 * 21 * 16 * cells
+        expected = [clip, clip * (3600 * 16 // 81), 1000 * 5 * clip, 1000 * 100 * width * 2]
+        assert [row[place] for row in said] == pytest.approx(expected, rel=0.005)
+
+
+def test_every_kind_of_data_is_told():
+    assert set(re.findall(r"^\| `(\w+)` \|", DATA_TEXT, re.MULTILINE)) == KINDS_OF_DATA

@@ -160,6 +160,70 @@ def test_a_video_goes_on(run, tmp_path):
     assert len(frames) == 9 + 12  # the last 1 + 4 n frames that were given, and one block
 
 
+def test_one_image_for_every_prompt(run, prompts, tmp_path):
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    folder = run("--data_path", str(prompts), "--first", "2", "--input_image", "red.png")
+    assert [read_video(path)[0].shape[0] for path in folder.glob("*.mp4")] == [13, 13]
+    windowed = ["model_kwargs.local_attn_size=6", "model_kwargs.sink_size=1"]
+    folder = run("--prompt", "words", "--input_image", "red.png", "--image_mode", "ref_sink", *windowed, out="sink")
+    assert [len(read_video(path)[0]) for path in folder.glob("*.mp4")] == [FRAMES]
+
+
+def test_an_i2v_model_reads_an_image(tiny_i2v_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    settings = [f"model_name={tiny_i2v_folder}", "height=32", "width=32", "sampling_steps=2", "num_output_frames=3"]
+    for causal in ("true", "false"):
+        arguments = ["--prompt", "words", "--input_image", "red.png", f"causal={causal}", *settings]
+        assert inference.main(["--output_folder", causal, *arguments]) == 0
+        assert len(read_video(next((tmp_path / causal).glob("*.mp4")))[0]) == FRAMES
+    assert inference.main(["--prompt", "words", *settings]) == 1
+    assert "an i2v model makes a video of an image; give input_image" in capsys.readouterr().err
+
+
+def test_a_video_is_made_after_another(run, tiny_model_folder, tmp_path):
+    write_video(tmp_path / "drive.mp4", torch.rand(30, 3, 40, 50), fps=16)
+    folder = run("--prompt", "words", "--video", "drive.mp4", "--strength", "0.5")
+    assert [len(read_video(path)[0]) for path in folder.glob("*.mp4")] == [FRAMES]  # as many as were asked for
+    assert metadata(folder)[0]["video"] == "drive.mp4" and metadata(folder)[0]["strength"] == 0.5
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "sampling_steps=2"]
+    assert inference.main(["--prompt", "words", "--video", "drive.mp4", *settings]) == 0
+    assert [len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")] == [30]  # as many as it has
+
+
+def test_every_line_of_a_list_brings_its_own(run, tmp_path):
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    write_video(tmp_path / "drive.mp4", torch.rand(7, 3, 40, 50), fps=16)
+    lines = [
+        {"prompt": "plain", "seed": 3},
+        {"prompt": "image", "image": "red.png"},
+        {"prompt": "video", "video": "drive.mp4"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder = run("--data_path", "list.jsonl")
+    frames = {record["prompt"]: record["num_frames"] for record in metadata(folder)}
+    assert frames == {"plain": FRAMES, "image": FRAMES + 4, "video": 7}
+    assert metadata(folder)[0]["seed"] == 3 and any("plain" in name and "seed3" in name for name in videos(folder))
+    plain = next(path for path in folder.glob("plain*.mp4"))
+    alone = run("--prompt", "plain", "--seed", "3", out="alone") / plain.name
+    assert videos(folder)[plain.name] == videos(alone.parent)[plain.name]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--prompt", "a", "--input_image", "absent.png"], "no file at absent.png, which --input_image names"),
+        (["--prompt", "a", "--video", "absent.mp4"], "no file at absent.mp4, which --video names"),
+        (["--prompt", "a", "--strength", "0"], "strength is 0.0; it lies in (0, 1]"),
+        (["--prompt", "a", "--video", "drive.mp4", "causal=false"], "a bidirectional model follows no driving video"),
+    ],
+)
+def test_mistakes_in_control_are_sentences(run, tmp_path, capsys, argv, message):
+    (tmp_path / "drive.mp4").write_bytes(b"x")
+    run(*argv, code=1)
+    assert message in capsys.readouterr().err
+
+
 def test_a_damaged_image_does_not_lose_the_others(run, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for name in ("a", "b", "c"):

@@ -13,17 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.base import Player
+from trainer.layout import count_passes, make_sharding
 from trainer.learner import Learner
 from trainer.optimization import learning_rate
 from trainer.plan import plan_training
+from trainer.state import compact_state, copied_state, restore_state
 from utils.checkpointer import Checkpointer
 from utils.config import Config, ConfigError, config_hash, dump
-from utils.distributed import Ranks, Rngs, SampleRngs, barrier, broadcast_value, mix_seed, ranks_per_node
+from utils.distributed import Ranks, Rngs, SampleRngs, barrier, broadcast_value, mix_seed
 from utils.report import write_report
-from utils.sharding import Sharding, distribute, dress, local, make_mesh, whole
+from utils.sharding import distribute
 from utils.tracking import Tracker
 from utils.training_state import TrainingState, open_training_state, save_compact_state
-from wan.modules.weights import check_same_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Trainer(ABC):
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         torch.manual_seed(mix_seed(config.seed))
-        self.sharding = self._make_sharding()
+        self.sharding = make_sharding(config, ranks, self.name, can_shard=self.can_shard)
         self.frozen: list[nn.Module] = []
         self.players = self.build()
         for player in self.players:
@@ -240,7 +241,7 @@ class Trainer(ABC):
         )
 
     def report(self, metrics: dict[str, Tensor], seconds_per_step: float) -> None:
-        """Numbers of the last step, averaged over ranks, to the tracker and one line to the log."""
+        """Numbers of the last steps, averaged over ranks, to the tracker and one line to the log."""
         for learner in self.learners:
             learner.watch.look()
         names, values = list(metrics), torch.stack([value.float() for value in metrics.values()])
@@ -317,31 +318,12 @@ class Trainer(ABC):
             "config": dump(self.config),
         }
         if not settings.compact:
-            self.checkpointer.save(self.copied_state(), facts)
+            self.checkpointer.save(copied_state(self.learners, self.sharding), facts)
         elif self.takes_part:
-            state = TrainingState(self.compact_state(), facts)
+            state = TrainingState(compact_state(self.learners, self.ranks), facts)
             if self.ranks.is_main:
                 options = {"keep_last": settings.keep_last, "max_file_mb": settings.max_file_mb}
                 logger.info("saved %s", save_compact_state(self.run_dir, state, **options))
-
-    def copied_state(self) -> dict[str, Tensor]:
-        """The parts of everything a run is made of that this rank saves, copied to main memory."""
-        return {
-            name: dress(part.to("cpu", copy=True), learner.source(name))
-            for learner in self.learners
-            for name, part in learner.state().items()
-            if self.sharding.keeps(learner.source(name))
-        }
-
-    def compact_state(self) -> dict[str, Tensor]:
-        """Whole weights and averages in bfloat16, in main memory on rank 0 (collective when sharded)."""
-        state = {}
-        for learner in self.learners:
-            for name in learner.expected():
-                full = whole(learner.state()[name], learner.source(name))
-                if self.ranks.is_main:
-                    state[name] = full.bfloat16().cpu()
-        return state
 
     def resume(self, state: str | None = None) -> None:
         """Go on from the newest state in the run folder, or from the one of that folder name, if there is one."""
@@ -353,13 +335,7 @@ class Trainer(ABC):
                 f"{self.run_dir} holds a run of the {stored.facts['trainer']} trainer, not {self.name}; "
                 "choose another --logdir"
             )
-        found = {name: shape for name, shape in stored.shapes.items() if "/optimizer/" not in name}
-        expected = {name: shape for learner in self.learners for name, shape in learner.expected().items()}
-        check_same_tensors(expected, found, f"the saved state in {self.run_dir}")
-        targets = {n: t for learner in self.learners for n, t in learner.targets(set(stored.shapes)).items()}
-        stored.read(targets)
-        for learner in self.learners:
-            learner.load({name: local(target) for name, target in targets.items()})
+        restore_state(self.learners, stored)
         self.step = self.last_look = stored.facts["step"]
         self.clock = self.clock_before = stored.facts["seconds"]
         if stored.facts["config_hash"] != config_hash(self.config):
@@ -383,34 +359,3 @@ class Trainer(ABC):
             network.to(self.sharding.compute_dtype)
         distribute(network, self.sharding)
         return network
-
-    def _make_sharding(self) -> Sharding:
-        config, ranks = self.config, self.ranks
-        if config.sharding_strategy != "no_shard" and ranks.size > 1 and not self.can_shard:
-            raise ConfigError(
-                f"sharding_strategy is {config.sharding_strategy!r}, but the {self.name} trainer keeps whole replicas "
-                "on every GPU; set sharding_strategy: no_shard"
-            )
-        mesh = None
-        if self.can_shard:
-            mesh = make_mesh(config.sharding_strategy, ranks, config.sharding_group_size, ranks_per_node(ranks))
-        if config.cpu_offload and mesh is None:
-            raise ConfigError(
-                "cpu_offload moves sharded weights, and this run shards none; start it under torchrun (also on one "
-                "GPU) with sharding_strategy: full, or set cpu_offload: false"
-            )
-        mixed = config.mixed_precision and self.device.type == "cuda"
-        return Sharding(ranks, mesh, torch.bfloat16 if mixed else None, config.cpu_offload)
-
-
-def count_passes(config: Config, ranks: Ranks) -> int:
-    """Passes that each rank accumulates per step so that total_batch_size is met exactly."""
-    per_pass = config.batch_size * ranks.size
-    total = config.total_batch_size or per_pass
-    passes, rest = divmod(total, per_pass)
-    if rest or passes == 0:
-        raise ConfigError(
-            f"total_batch_size {total} does not split into {ranks.size} GPU(s) x batch_size {config.batch_size}; "
-            f"use {max(1, passes) * per_pass} or {(passes + 1) * per_pass}"
-        )
-    return passes

@@ -16,7 +16,7 @@ from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
 from utils.scheduler import FlowMatchScheduler
-from utils.shards import Shards
+from utils.shards import Shards, read_about
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
 from utils.video_folder import ClipShape, about, encode_videos, scan_videos
@@ -70,6 +70,7 @@ class DataSource:
         self.tokenizer, self.encoder, self.learns_from = tokenizer, encoder, learns_from
         self.cache: TextCache | None = None
         self.prompts: list[str] | None = None  # of the data, where they are a list
+        self.captions: dict[str, str] | None = None  # of videos, as they stand beside them now
         total = config.total_batch_size or config.batch_size * ranks.size
         self.walk = {"seed": config.seed, "samples_per_step": total}
 
@@ -77,7 +78,7 @@ class DataSource:
         """The training data, after making what its caches of latents and words lack; all ranks call this together."""
         config, settings = self.config, self.config.data
         if settings.kind == "videos":
-            fill_latent_cache(config, self.vae_folder, self.ranks, self.dtype)
+            self.captions = fill_latent_cache(config, self.vae_folder, self.ranks, self.dtype)
         data = self._open("train")
         self.prompts = getattr(data, "prompts", None)
         if settings.text_cache:
@@ -123,7 +124,13 @@ class DataSource:
         if settings.kind == "ode_pairs":
             folder, dataset = Path(settings.path), ODEPairs
             weights = find_model_file(text_encoder_home(config), TEXT_ENCODER_FILES)
-            expected = trajectories_about(config, causal=config.teacher_forcing)
+            causal = read_about(folder, ODEPairs.kind)["causal_teacher"]
+            if causal != config.teacher_forcing:
+                raise ConfigError(
+                    f"{folder} holds trajectories of a {'causal' if causal else 'bidirectional'} teacher; "
+                    f"set teacher_forcing: {str(causal).lower()}"
+                )
+            expected = trajectories_about(config, causal=causal)
             expected["text_encoder"] = fingerprint(weights)  # words of another one mean something else
         else:
             folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder
@@ -137,6 +144,7 @@ class DataSource:
             dtype=self.dtype,
             split=split,
             num_heldout=settings.num_eval_clips,
+            captions=self.captions,
             **self.walk,
         )
 
@@ -205,10 +213,10 @@ def trajectories_about(config: Config, *, causal: bool) -> dict[str, Any]:
     return wanted | {"height": config.height, "width": config.width}
 
 
-def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> None:
-    """Encode the videos in data.path that the latent cache lacks, each rank its share."""
+def fill_latent_cache(config: Config, vae_folder: Path, ranks: Ranks, dtype: torch.dtype) -> dict[str, str]:
+    """Encode the videos in data.path that the latent cache lacks, each rank its share; return the captions by name."""
     vae = WanVAEWrapper(str(vae_folder), device=ranks.device, dtype=dtype)
-    encode_videos(
+    return encode_videos(
         config.data.path,
         latent_cache(config),
         vae.encode_to_latent,

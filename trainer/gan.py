@@ -18,7 +18,6 @@ class GANTrainer(FewStepTrainer):
     def make_players(self) -> list[Player]:
         config, settings, gan = self.config, self.config.distillation, self.config.gan
         score = self.build_critic()
-        score.model.head.requires_grad_(gan.denoising_weight > 0)  # else nobody asks for its flow
         head = DiscriminatorHead(
             score.model.config,
             concat_time_embeddings=gan.concat_time_embeddings,

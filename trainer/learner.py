@@ -47,6 +47,8 @@ class Learner:
         average_gradients(self.parameters.replicated, self.sharding.ranks)
         self.parameters.take_gradients()
         norm, skip = self.watch.clip(step)
+        if self.sharding.offload:
+            skip = skip.cpu()  # and waited for: the optimizer would fetch it without
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, progress)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip  # the fused kernel skips the step itself

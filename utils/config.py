@@ -234,9 +234,12 @@ class Config:
     rope_base: Literal["absolute", "window"] = "absolute"  # window: time positions relative to the window, for streams
     timestep_shift: float = 3.0  # the one shift: training, sampling and warping
     guidance_scale: float = 3.0  # classifier-free guidance w in  uncond + w (cond - uncond); 1 turns it off
+    guidance_passes: Literal["auto", "one", "two"] = "auto"  # one: both sides together; auto: on a GPU with room
     sampling_steps: int = 16
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
     negative_prompt: str = ""
+    image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
+    strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
     # --- the video ---
     height: int = 128  # pixels, a multiple of 16
@@ -313,6 +316,8 @@ class Config:
         for name in ("timestep_shift", "fps", "sampling_steps", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength is {self.strength}; it lies in (0, 1]: little keeps the driving video")
         if self.total_batch_size is not None and self.total_batch_size % self.batch_size:
             raise ConfigError(
                 f"total_batch_size {self.total_batch_size} is no multiple of batch_size {self.batch_size}; "
@@ -340,7 +345,7 @@ class Config:
 
     def _check_data(self) -> None:
         data = self.data
-        if data.kind != "puppet" and self.trainer in ("vae", "text"):
+        if data.kind != "puppet" and self.trainer in ("vae", "tiny_vae", "text"):
             raise ConfigError(f"data.kind is {data.kind}, but trainer {self.trainer} learns from puppets; leave it out")
         if data.kind != "puppet" and data.path is None:
             raise ConfigError(f"data.kind is {data.kind}, but data.path does not say where they are; set data.path")

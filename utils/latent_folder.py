@@ -36,8 +36,11 @@ class LatentFolder(TrainingData):
         dtype: torch.dtype,
         split: str = "train",
         num_heldout: int = 0,
+        captions: Mapping[str, str] | None = None,
     ):
         """expected: what the folder must say of itself, e.g. the fingerprint of the VAE and the size of the video.
+
+        captions: by key, in place of those that were encoded; items that it lacks are left out.
 
         split "heldout": the num_heldout items (at most a tenth) that "train" leaves out; the same ones for every seed.
         """
@@ -45,6 +48,9 @@ class LatentFolder(TrainingData):
         check_about(self.shards.folder, self.shards.about, expected)
         self.words, self.num_latent_frames, self.device, self.dtype = words, num_latent_frames, device, dtype
         self.check_frames(self.shards.about["num_frames"])
+        if captions is None:
+            captions = {item.row["key"]: item.row["prompt"] for item in self.shards.items}
+        self.captions = captions
         items = self._of_split(split, num_heldout)
         self.clips = [(item, f"clip{n}") for item in items for n in range(item.row["num_clips"])]
         self.sampler = EpochSampler(len(self.clips), seed, samples_per_step)
@@ -52,13 +58,15 @@ class LatentFolder(TrainingData):
     @property
     def prompts(self) -> list[str]:
         """Of all items, held-out ones too."""
-        return [item.row["prompt"] for item in self.shards.items]
+        return [self.captions[item.row["key"]] for item in self.shards.items if item.row["key"] in self.captions]
 
     def draw(self, rngs: SampleRngs) -> Samples:
         drawn = [self.clips[n] for n in self.sampler(rngs)]
         latents = torch.stack([self.shards.read(item, name) for item, name in drawn]).to(self.dtype)
         latents = latents[..., : self.num_latent_frames, :, :, :].contiguous()
-        return replace(self.words([item.row["prompt"] for item, _ in drawn]), latents=upload(latents, self.device))
+        return replace(
+            self.words([self.captions[item.row["key"]] for item, _ in drawn]), latents=upload(latents, self.device)
+        )
 
     def check_frames(self, num_frames: int) -> None:
         """num_frames: latent frames of each clip in the folder. Raises ValueError if training asks for others."""
@@ -69,7 +77,7 @@ class LatentFolder(TrainingData):
             )
 
     def _of_split(self, split: str, num_heldout: int) -> list[Item]:
-        items = self.shards.items
+        items = [item for item in self.shards.items if item.row["key"] in self.captions]
         by_hash = sorted(items, key=lambda item: hashlib.sha256(item.row["key"].encode()).digest())
         heldout = {item.row["key"] for item in by_hash[: min(num_heldout, len(items) // MOST_HELDOUT)]}
         return [item for item in items if (item.row["key"] in heldout) == (split == "heldout")]

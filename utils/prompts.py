@@ -14,7 +14,9 @@ class Prompt:
 
     text: str
     name: str
-    image: Path | None = None  # the first frame, for image-to-video
+    image: Path | None = None  # for image-to-video
+    video: Path | None = None  # what the video is made after
+    seed: int | None = None  # in place of the run's
 
     @property
     def key(self) -> str:
@@ -22,8 +24,7 @@ class Prompt:
         parts = [self.name]
         if self.text != self.name:
             parts.append(self.text)
-        if self.image is not None:
-            parts.append(self.image.name)
+        parts += [file.name for file in (self.image, self.video) if file is not None]
         return "\n".join(parts)
 
 

@@ -150,7 +150,8 @@ def _lines(curve: Curve) -> tuple[list[tuple[float, float]], list[tuple[float, f
         x = MARGIN + (step - first) / max(1, last - first) * (WIDTH - MARGIN - 8)
         return x, HEIGHT - 24 - (value - low) / (high - low) * (HEIGHT - 48)
 
-    return tuple([place(curve.steps[i], values[i]) for i in keep] for values in (curve.values, curve.smooth))
+    lines = ([place(curve.steps[i], values[i]) for i in keep] for values in (curve.values, curve.smooth))
+    return tuple([*line, (WIDTH - 8, line[0][1])] if first == last else line for line in lines)  # one value: a level
 
 
 def _range(curve: Curve) -> tuple[float, float, int, int]:

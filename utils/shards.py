@@ -87,14 +87,14 @@ class ShardWriter:
             _write_text(self.folder / "about.json", json.dumps(dict(self.about), indent=2) + "\n")
         barrier(self.ranks)
         check_about(self.folder, read_about(self.folder, self.about["kind"]), self.about)
-        items = read_items(self.folder)
-        self.done = {item.row["key"] for item in items}
-        self.next_shard = 1 + max((int(item.shard.stem.split("-")[1]) for item in items), default=-1)
+        self.items = {item.row["key"]: item for item in read_items(self.folder)}  # as they were found
+        numbers = (int(path.stem.split("-")[1]) for path in self.folder.glob("shard-*.jsonl"))
+        self.next_shard = 1 + max(numbers, default=-1)
         barrier(self.ranks)  # every rank has read the same folder before the first one writes
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those that no index lists, each once, in their order."""
-        return [key for key in dict.fromkeys(keys) if key not in self.done]
+        return [key for key in dict.fromkeys(keys) if key not in self.items]
 
     def fill(self, keys: Sequence[str], make: Callable[[list[str]], Iterable[Made | None]]) -> None:
         """Make what is missing of `keys`, this rank's share of it; returns when all ranks have.
@@ -139,7 +139,9 @@ def read_about(folder: Path, kind: str) -> dict[str, Any]:
     """What a folder says of itself; refused if it is not there or of another kind."""
     path = folder / "about.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {kind}: it has no about.json; give a folder that a script filled")
+        raise FileNotFoundError(
+            f"{folder} holds no {kind} (no about.json); docs/training_data.md says how to make them"
+        )
     about = _parse(path, path.read_text(encoding="utf-8"))
     if about.get("kind") != kind:
         raise ValueError(f"{folder} holds {about.get('kind')}, not {kind}; give another folder")
@@ -147,13 +149,13 @@ def read_about(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def read_items(folder: Path) -> list[Item]:
-    """All lines of all indices, shard by shard; of two items with one key the first."""
+    """All lines of all indices, shard by shard; of two items with one key the newer."""
     items: dict[str, Item] = {}
     for path in sorted(folder.glob("shard-*.jsonl")):
         shard = path.with_suffix(".safetensors")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             row = _parse(path, line, number)
-            items.setdefault(row["key"], Item(row, shard, number))
+            items[row["key"]] = Item(row, shard, number)
     return list(items.values())
 
 

@@ -20,6 +20,11 @@ from utils.errors import MissingPackageError
 
 BT709 = 1  # H.273 code point; untagged files are guessed as BT.601 by some players and BT.709 by others
 LIMITED_RANGE = 1
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12, annex B
+
+
+class VideoError(ValueError):
+    """A video file that cannot be used; the message names it."""
 
 
 def _import_av():
@@ -162,21 +167,52 @@ def read_video(path: str | Path, *, num_frames: int | None = None) -> tuple[Tens
     return torch.stack(frames).permute(0, 3, 1, 2).float().div(255), fps
 
 
-def video_clips(path: str | Path, fps: float, num_frames: int, height: int, width: int) -> Iterator[Tensor]:
+def video_clips(
+    path: str | Path, fps: float, num_frames: int, height: int, width: int, *, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """A video cut into clips `[num_frames, 3, height, width]` in [0, 1], one after the other; what is left is dropped.
 
-    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled to cover height x width and cut around the centre.
-    Raises ValueError for a file that cannot be read, also in its middle, and for one shorter than a clip.
+    Frames are the ones on screen at 0, 1 / fps, 2 / fps, ..., scaled (on `device`) to cover height x width and cut
+    around the centre. Raises VideoError for a file that cannot be read, also in its middle, and for one shorter than a
+    clip.
     """
     frames: list[Tensor] = []
     too_short = True
     for picture in _frames_at(path, fps):
-        frames.append(resize_cover(picture[None].float().div(255), height, width))
+        frames.append(resize_cover(picture[None].to(device).float().div(255), height, width))
         if len(frames) == num_frames:
             yield torch.cat(frames)
             frames, too_short = [], False
     if too_short:
-        raise ValueError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
+        raise VideoError(f"{path} has {len(frames)} frames at {fps:g} per second, a clip needs {num_frames}")
+
+
+def video_length(path: str | Path, fps: float) -> int:
+    """Frames that a video has at so many per second. Raises FileNotFoundError or ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no video at {path}")
+    number = 0
+    for start, _ in _timed_frames(path):
+        while number / fps < start - 1e-4:
+            number += 1
+    if not number:
+        raise ValueError(f"{path} has no frames")
+    return number
+
+
+def video_pieces(path: str | Path, fps: float, height: int, width: int, size: int = 12) -> Iterator[Tensor]:
+    """A video from its first to its last frame in pieces `[<= size, 3, height, width]` in [-1, 1], as clips are cut.
+
+    Frames are `video_clips`'s; `video_length` counts them.
+    """
+    frames: list[Tensor] = []
+    for picture in _frames_at(path, fps):
+        frames.append(resize_cover(picture[None].float().div(255), height, width).mul(2).sub(1))
+        if len(frames) == size:
+            yield torch.cat(frames)
+            frames = []
+    if frames:
+        yield torch.cat(frames)
 
 
 def _frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
@@ -195,6 +231,8 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
     av = _import_av()
     try:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} holds no pictures")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             interval = 1 / float(stream.average_rate or stream.base_rate or 25)
@@ -205,8 +243,8 @@ def _timed_frames(path: str | Path) -> Iterator[tuple[float, Any]]:
                 yield time - begin, frame
             if frame is not None:
                 yield time - begin + interval, frame
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error})") from error
+    except av.FFmpegError as error:
+        raise VideoError(f"{path} cannot be read as a video ({error})") from error
 
 
 def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
@@ -224,21 +262,47 @@ def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 def load_image(path: str | Path, height: int, width: int) -> Tensor:
-    """An image file, scaled to cover height x width and centre-cropped, as `[3, H, W]` in [-1, 1]."""
+    """An image file, scaled to cover height x width and centre-cropped, as `[3, H, W]` in [-1, 1].
+
+    HEIC photos need the package pillow-heif. Raises FileNotFoundError or ValueError.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
+    if _is_heic(path):
+        _register_heic(path)
     try:
         with Image.open(path) as image:
             pixels = pixels_of(image)
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
     return resize_cover(pixels[None], height, width)[0].mul(2).sub(1)
 
 
+def _is_heic(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(
+            f"{path} is an HEIC photo and no decoder is installed: pip install pillow-heif, or save it as JPEG or PNG"
+        ) from None
+    register_heif_opener()
+
+
 def pixels_of(image: Image.Image) -> Tensor:
-    """A PIL image as `[3, H, W]` in [0, 1]; turned upright by its EXIF tag, transparency laid on white."""
+    """A PIL image as `[3, H, W]` in [0, 1]; turned upright by its EXIF tag, transparency laid on white.
+
+    16-bit grey is scaled to 8 bits; CMYK, palettes and grey become RGB.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

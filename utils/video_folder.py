@@ -6,6 +6,8 @@ the folder; sub-folders are searched. A caption's line breaks become spaces.
 """
 
 import csv
+import functools
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from torch import Tensor
 from utils.distributed import Ranks
 from utils.prompts import read_text
 from utils.shards import Made, ShardWriter
-from utils.video import video_clips
+from utils.video import VideoError, video_clips
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ def scan_videos(folder: str | Path) -> tuple[list[CaptionedVideo], list[str]]:
         raise ValueError(f"{folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
     names = [file.relative_to(folder).as_posix() for file in files]
     captions, source = _captions(folder, names)
-    videos, problems = [], [f"{source} lists {name}, which is not there" for name in captions if name not in names]
+    there = set(names)
+    videos, problems = [], [f"{source} lists {name}, which is not there" for name in captions if name not in there]
     for file, name in zip(files, names, strict=True):
         prompt = " ".join(captions.get(name, "").split())
         if prompt:
@@ -83,7 +86,7 @@ def _captions(folder: Path, names: list[str]) -> tuple[dict[str, str], Path | No
     if lines.is_file():
         return dict(_from_jsonl(lines)), lines
     if table.is_file():
-        reader = csv.DictReader(read_text(table).splitlines())
+        reader = csv.DictReader(io.StringIO(read_text(table), newline=""))
         if not {"video", "prompt"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{table}: expected the columns video and prompt, found {reader.fieldnames}")
         return {row["video"]: row["prompt"] or "" for row in reader}, table
@@ -110,40 +113,52 @@ def encode_videos(
     vae: str,
     ranks: Ranks,
     skip: bool = True,
-) -> None:
-    """Bring the latents in `output` up to date with the videos in `folder`, each rank its share.
+) -> dict[str, str]:
+    """Bring the latents in `output` up to date with the videos in `folder`, each rank its share; return the captions.
 
+    A file whose size has changed is encoded again. Captions are as they stand now, by name (the key of LatentFolder).
     encode: pixels [1, F_px, 3, H, W] in [-1, 1] -> latents [1, F, C, h, w]; vae: its fingerprint. A video without
     caption, one that cannot be read and one shorter than a clip is left out with a sentence (skip), or stops the run.
     """
     videos, problems = scan_videos(folder)
     by_name = {video.name: video for video in videos}
+    num_left_out = 0
 
     def complain(problem: str) -> None:
+        nonlocal num_left_out
         if not skip:
             raise ValueError(f"{problem}; mend or remove it, or leave such videos out with data.skip_broken: true")
-        problems.append(problem)
+        num_left_out += 1
         logger.warning("left out: %s", problem)
 
-    for problem in problems[:] if ranks.is_main or not skip else []:
+    for problem in problems if ranks.is_main or not skip else []:
         complain(problem)
+
+    sizes = {"fps": shape.fps, "num_frames": shape.num_pixel_frames, "height": shape.height, "width": shape.width}
+    cut = functools.partial(video_clips, **sizes)
 
     def make(names: list[str]) -> Iterator[Made | None]:
         for name in names:
             video, latents = by_name[name], {}
+            size = video.path.stat().st_size
             try:
-                for pixels in video_clips(video.path, shape.fps, shape.num_pixel_frames, shape.height, shape.width):
+                for pixels in cut(video.path, device=ranks.device):
                     clip = encode(pixels.mul(2).sub(1)[None])[0]
-                    latents[f"clip{len(latents)}"] = clip.to(torch.bfloat16)
-            except ValueError as error:
+                    latents[f"clip{len(latents)}"] = clip.to("cpu", torch.bfloat16)
+            except VideoError as error:
                 complain(str(error))
                 yield None
                 continue
-            yield {"prompt": video.prompt, "num_clips": len(latents)}, latents
+            yield {"prompt": video.prompt, "num_clips": len(latents), "bytes": size}, latents
 
     writer = ShardWriter(Path(output), about(shape, vae), ranks, VIDEOS_PER_SHARD)
+    for name, item in list(writer.items.items()):
+        if name in by_name and item.row["bytes"] != by_name[name].path.stat().st_size:
+            del writer.items[name]  # to be made again
     writer.fill(list(by_name), make)
-    logger.info("%d videos of %s are in %s, %d left out", len(videos), folder, output, len(problems))
+    if num_left_out:
+        logger.warning("%d videos of %s left out", num_left_out, folder)
+    return {video.name: video.prompt for video in videos}
 
 
 def about(shape: ClipShape, vae: str) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def test_videos_of_a_run(tmp_path, config, tiny_model_folder, capsys):
     assert cache_latents(["--config_path", config, *settings]) == 0
     assert f"4 clips of 3 videos in {folder / 'latents'}" in capsys.readouterr().out  # 9, 17 and 25 frames
     shards = Shards(folder / "latents", "latents")
-    assert shards.items[2].row == {"key": "2.mp4", "prompt": "video 2", "num_clips": 2}
+    size = (folder / "2.mp4").stat().st_size
+    assert shards.items[2].row == {"key": "2.mp4", "prompt": "video 2", "num_clips": 2, "bytes": size}
     vae = WanVAEWrapper(str(tiny_model_folder))
     assert shards.read(shards.items[0], "clip0").shape == vae.encode_to_latent(torch.zeros(1, 9, 3, 32, 32)).shape[1:]
     assert cache_text(["--config_path", config, *settings, f"data.text_cache={tmp_path / 'words'}"]) == 0

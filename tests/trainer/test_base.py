@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from model.base import Player
-from trainer.base import Trainer, count_passes
+from trainer.base import Trainer
+from trainer.layout import count_passes
 from utils.config import Config, ConfigError, load_config
 from utils.distributed import Ranks, SampleRngs
 from utils.tracking import Tracker
@@ -169,6 +170,17 @@ def test_a_finished_run_starts_nothing(tmp_path: Path):
     trainer = Starts(toy_config("max_steps=3"), ALONE, tmp_path)
     trainer.train()
     assert trainer.started_at == 2
+
+
+def test_a_player_that_is_not_on_turn_is_reported_too(tmp_path: Path):
+    class Slow(ToyTrainer):
+        def build(self):
+            (player,) = super().build()
+            return [Player("net", player.module, self.loss, every=2)]
+
+    run(tmp_path, "max_steps=4", "logging.log_iters=2", trainer=Slow, tracker=Tracker(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "net/loss" in line] == [2, 4]  # it learned in steps 0 and 2
 
 
 def test_a_failing_evaluation_costs_no_step(tmp_path: Path):

@@ -139,3 +139,13 @@ def test_settings_that_cannot_work(tmp_path: Path, vae_folder: Path):
         make_trainer(tmp_path, vae_folder, "max_steps=1", "data.pool_size=7").start()
     with pytest.raises(ValueError, match="teacher_forcing: false"):
         make_trainer(tmp_path, vae_folder, "max_steps=1", "causal=false")
+
+
+@pytest.mark.parametrize("mode", ["teacher_forcing=true", "teacher_forcing=false", "causal=false"])
+def test_checkpointing_changes_nothing(mode: str, tmp_path: Path, vae_folder: Path):
+    forced = "teacher_forcing=true" if mode == "teacher_forcing=true" else "teacher_forcing=false"
+    for checkpointing in ("true", "false"):
+        settings = [f"gradient_checkpointing={checkpointing}", "max_steps=2", forced, mode]
+        make(DiffusionTrainer, tmp_path / checkpointing, vae_folder, *settings).train(visualize=False)
+    on, off = state(tmp_path / "true"), state(tmp_path / "false")
+    assert all(torch.equal(on[name], off[name]) for name in on)

@@ -1,12 +1,18 @@
-"""What only a GPU shows: compiled blocks, flex-attention and bfloat16 train like eager dense float32 on the CPU."""
+"""What only GPUs show.
+
+Compiled blocks, flex-attention and bfloat16 train like eager dense float32 on the CPU; networks cut by NCCL, offloaded
+or not, like whole ones; two GPUs like one.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.trainer.toy import make_student
+from tests.trainer.two_networks import train, train_on
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.vae import VAETrainer
@@ -62,3 +68,54 @@ def test_distillation_in_bfloat16(loss: str, tmp_path: Path, folders, toy_sizes)
     for key in ("student/grad_norm", "critic/loss", "critic/grad_norm"):
         gpu, cpu = (losses(tmp_path / device, key) for device in ("cuda", "cpu"))
         assert gpu == pytest.approx(cpu, rel=0.1), key
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield Ranks(torch.device("cuda", 0))
+    dist.destroy_process_group()
+
+
+def assert_like(folder: Path, other: Path, tolerance: float) -> None:
+    """Losses and gradient norms of every step agree: a step's weights show in the next one's."""
+    for name in ("student/loss", "student/grad_norm", "critic/loss", "critic/grad_norm"):
+        found, expected = losses(folder, name), losses(other, name)
+        assert len(found) == len(expected) >= 2
+        assert found == pytest.approx(expected, rel=tolerance), name
+
+
+def test_a_mesh_of_one_trains_like_the_whole_network(tmp_path: Path, group_of_one: Ranks):
+    """Compiled, checkpointed, gathered in bfloat16 against eager autocast; then in float32; then in main memory."""
+    common = ["max_steps=3", "batch_size=2"]
+    whole, cut = ["sharding_strategy=no_shard"], ["sharding_strategy=hybrid_full", "gradient_checkpointing=true"]
+    train(tmp_path / "whole", *common, *whole, ranks=group_of_one)
+    train(tmp_path / "cut", *common, *cut, "compile=true", ranks=group_of_one)
+    assert_like(tmp_path / "cut", tmp_path / "whole", tolerance=0.1)
+    train(tmp_path / "whole32", *common, *whole, "mixed_precision=false", ranks=group_of_one)
+    train(tmp_path / "cut32", *common, *cut, "mixed_precision=false", ranks=group_of_one)
+    assert_like(tmp_path / "cut32", tmp_path / "whole32", tolerance=0.02)  # TF32 has three digits
+    train(tmp_path / "offloaded", *common, *cut, "compile=true", "cpu_offload=true", ranks=group_of_one)
+    assert_like(tmp_path / "offloaded", tmp_path / "cut", tolerance=0.02)
+
+
+def test_sharded_flex_attention_compiled_and_checkpointed(tmp_path: Path, monkeypatch, group_of_one: Ranks):
+    sizes = {"dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4, "freq_dim": 64}
+    monkeypatch.setitem(WAN_CONFIGS, "toy", WanConfig(**sizes, text_dim=32, text_len=24))
+    monkeypatch.setattr("trainer.vae.STATISTICS_CLIPS", 4)
+    make(VAETrainer, tmp_path / "vae", "cuda", *VAE).train(visualize=False)
+    options = [*DIT, f"data.vae_folder={tmp_path / 'vae' / 'export'}", "compile=true", "gradient_checkpointing=true"]
+    folder = tmp_path / "dit"
+    config = load_config(overrides=[*options, "sharding_strategy=full"])
+    DiffusionTrainer(config, group_of_one, folder, Tracker(folder)).train()
+    assert all(0 < loss < 10 for loss in losses(folder, "student/loss"))
+    assert (folder / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (folder / "samples" / "step_000003.png").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["full", "hybrid_full sharding_group_size=1", "no_shard"])
+def test_two_gpus_are_one(strategy: str, tmp_path: Path, group_of_one: Ranks):
+    train(tmp_path / "one", "max_steps=3", "batch_size=4", "sharding_strategy=no_shard", ranks=group_of_one)
+    train_on(2, tmp_path / "two", f"max_steps=3 batch_size=2 device=cuda compile=true sharding_strategy={strategy}")
+    assert_like(tmp_path / "two", tmp_path / "one", tolerance=0.1)

@@ -45,7 +45,7 @@ def make_student(
 
 
 class DrawnData(TrainingData):
-    """Latents and prompt embeddings that are a function of the sample, whoever draws it.
+    """Latents and words that are a function of the sample, whoever draws it.
 
     states: of a trajectory in front of each clip; none for plain clips.
     """
@@ -54,8 +54,8 @@ class DrawnData(TrainingData):
         self.states = states
 
     def draw(self, rngs: SampleRngs) -> Samples:
-        words = rngs.randn(SIZES.text_len, SIZES.text_dim)
-        return Samples(prompt_embeds=words, latents=rngs.randn(*self.states, 6, 4, 4, 4))
+        ids = (100 * rngs.rand(SIZES.text_len)).long()
+        return Samples(ids, torch.ones_like(ids), latents=rngs.randn(*self.states, 6, 4, 4, 4))
 
 
 def state(folder: Path) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ def test_two_ranks_killed_then_one_goes_on(tmp_path):
 
 
 def test_refusals_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no numbers: it has no about.json"):
+    with pytest.raises(FileNotFoundError, match="holds no numbers .no about.json.; docs/training_data.md says how"):
         Shards(tmp_path, "numbers")
     writer(tmp_path)
     with pytest.raises(ValueError, match="no finished shard"):

@@ -1,5 +1,7 @@
 """Files on disk: what is written comes back, nothing half-written is left, any prompt has a file name."""
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +15,8 @@ from utils.video import (
     safe_name,
     to_uint8,
     video_clips,
+    video_length,
+    video_pieces,
     write_video,
 )
 
@@ -172,3 +176,81 @@ def test_clips_of_a_video_lying_on_its_side_stand_upright(tmp_path):
     path.write_bytes(raw[:track] + turned + raw[track + len(turned) :])
     standing = next(video_clips(path, 16, 4, 64, 32))
     assert standing[0, 0, :24].mean() > 0.9 and standing[0, 0, 40:].mean() < 0.1  # left has become top
+
+
+def half_red_half_blue(mode: str = "RGB") -> Image.Image:
+    """Red on the left, blue on the right, 32x16."""
+    image = Image.new("RGB", (32, 16), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 16, 16))
+    return image.convert(mode)
+
+
+def colours(path, height=16, width=32) -> list[list[int]]:
+    """Rounded RGB in [-1, 1] at the middle of the left and of the right half."""
+    image = load_image(path, height, width)
+    return [image[:, height // 2, width * i // 4].round().int().tolist() for i in (1, 3)]
+
+
+RED, BLUE, WHITE = [1, -1, -1], [-1, -1, 1], [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name, mode", [("a.png", "RGB"), ("a.jpg", "CMYK"), ("a.tif", "CMYK"), ("a.png", "P"), ("a.webp", "RGB")]
+)
+def test_any_colour_mode_becomes_rgb(tmp_path, name, mode):
+    half_red_half_blue(mode).save(tmp_path / name, quality=95)
+    assert colours(tmp_path / name) == [RED, BLUE]
+
+
+def test_sixteen_bit_grey_keeps_its_steps(tmp_path):
+    Image.new("I;16", (16, 16), 32768).save(tmp_path / "grey.png")
+    assert abs(load_image(tmp_path / "grey.png", 16, 16).mean()) < 0.01
+
+
+def test_transparent_parts_are_white(tmp_path):
+    image = half_red_half_blue("RGBA")
+    image.putalpha(half_red_half_blue().getchannel("R"))
+    image.save(tmp_path / "a.png")
+    assert colours(tmp_path / "a.png") == [RED, WHITE]
+
+
+def test_a_photo_is_turned_upright(tmp_path):
+    tag = Image.Exif()
+    tag[0x0112] = 6  # to be shown turned by 90 degrees clockwise: what lies left of the file is up
+    half_red_half_blue().save(tmp_path / "a.jpg", exif=tag, quality=95)
+    image = load_image(tmp_path / "a.jpg", 32, 16)
+    assert image[:, 8, 8].round().int().tolist() == RED and image[:, 24, 8].round().int().tolist() == BLUE
+
+
+def test_another_aspect_is_cut_around_the_centre(tmp_path):
+    half_red_half_blue().save(tmp_path / "a.png")
+    assert colours(tmp_path / "a.png", 16, 16) == [RED, BLUE]
+    image = load_image(tmp_path / "a.png", 64, 16)  # a strip around the border between the colours
+    assert image[:, 32, 2].round().int().tolist() == RED and image[:, 32, 13].round().int().tolist() == BLUE
+
+
+def test_heic_without_a_decoder_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(16))  # the name says nothing
+    with pytest.raises(ValueError, match="HEIC photo and no decoder is installed: pip install pillow-heif"):
+        load_image(tmp_path / "photo.jpg", 16, 16)
+
+
+def test_a_torn_and_a_monstrous_image_are_sentences(tmp_path, monkeypatch):
+    half_red_half_blue().resize((200, 200)).save(tmp_path / "a.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"torn.png cannot be read as an image"):
+        load_image(tmp_path / "torn.png", 16, 16)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        load_image(tmp_path / "a.png", 16, 16)
+
+
+def test_pieces_of_a_video_are_the_video(tmp_path):
+    write_video(tmp_path / "a.mp4", torch.rand(30, 3, 32, 32))
+    pieces = list(video_pieces(tmp_path / "a.mp4", 16, 16, 32))
+    assert [len(piece) for piece in pieces] == [12, 12, 6]
+    assert pieces[0].shape[1:] == (3, 16, 32) and -1 <= pieces[0].min() < -0.2 < 0.2 < pieces[0].max() <= 1
+    assert video_length(tmp_path / "a.mp4", 16) == 30 and video_length(tmp_path / "a.mp4", 8) == 15
+    with pytest.raises(FileNotFoundError, match="no video at"):
+        video_length(tmp_path / "b.mp4", 16)

@@ -1,6 +1,7 @@
 """utils/video_folder.py and LatentFolder: a folder of videos becomes clips that are what the videos show."""
 
 import json
+import wave
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,27 @@ def test_a_second_run_encodes_only_what_is_new(videos, tmp_path):
     assert len(dataset(tmp_path / "latents").clips) == 4
 
 
+def test_videos_that_change_their_words_their_pictures_or_leave(videos, tmp_path):
+    def now() -> dict[int, str]:
+        """First grey of every clip -> its caption, as a run finds them."""
+        captions = encode_videos(tmp_path, tmp_path / "latents", mean_encode, SHAPE, vae="abc", ranks=Ranks(CPU))
+        data = dataset(tmp_path / "latents", captions=captions)
+        drawn = data.draw(SampleRngs(Rngs(0, 0, CPU), range(len(data.clips))))
+        assert sorted(set(data.prompts)) == sorted({read(ids) for ids in drawn.ids})
+        return {round(float((x[0, 0, 0, 0] + 1) * 32)): read(i) for x, i in zip(drawn.latents, drawn.ids, strict=True)}
+
+    for name, first in (("a", 0), ("b", 40)):
+        write_video(tmp_path / f"{name}.mp4", grey(9, first), fps=16)
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert now() == {0: "a", 40: "b"}
+    (tmp_path / "a.txt").write_text("told anew")
+    assert now() == {0: "told anew", 40: "b"}
+    write_video(tmp_path / "a.mp4", grey(11, 20), fps=16)
+    assert now() == {20: "told anew", 40: "b"}
+    (tmp_path / "b.mp4").unlink()
+    assert now() == {20: "told anew"}
+
+
 @pytest.fixture
 def troubled(videos, tmp_path) -> Path:
     folder = tmp_path / "troubled"
@@ -118,6 +140,10 @@ def troubled(videos, tmp_path) -> Path:
     (folder / "mute.txt").unlink()
     (folder / "empty.txt").write_text(" \n")
     write_video(folder / "short.mp4", grey(8), fps=16)
+    with wave.open(str(folder / "sound.avi"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", "NONE"))
+        sound.writeframes(bytes(800))
+    (folder / "sound.txt").write_text("sound")
     return folder
 
 
@@ -125,15 +151,18 @@ def test_what_cannot_be_used_is_named_and_left_out(troubled, tmp_path, caplog):
     encode(troubled, tmp_path / "out")
     assert [read(dataset(tmp_path / "out").draw(SampleRngs(Rngs(0, 0, CPU), range(1))).ids[0])] == ["good"]
     said = "\n".join(caplog.messages)
+    assert f"5 videos of {troubled} left out" in said
     assert f"left out: {troubled / 'mute.mp4'} has no caption in mute.txt" in said
     assert f"left out: {troubled / 'empty.mp4'} has no caption in empty.txt" in said
     assert f"left out: {troubled / 'torn.mp4'} cannot be read as a video" in said
+    assert f"left out: {troubled / 'sound.avi'} holds no pictures" in said
     assert f"left out: {troubled / 'short.mp4'} has 8 frames at 16 per second, a clip needs 9" in said
 
 
 def test_or_refused(troubled, tmp_path):
     with pytest.raises(ValueError, match=r"empty.mp4 has no caption in empty.txt; mend or remove it, or leave such"):
         encode(troubled, tmp_path / "out", skip=False)
+    (troubled / "sound.avi").unlink()
     (troubled / "empty.txt").write_text("told")
     (troubled / "mute.txt").write_text("told")
     with pytest.raises(ValueError, match=r"short.mp4 has 8 frames"):

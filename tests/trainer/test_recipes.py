@@ -1,17 +1,18 @@
-"""Every recipe of a few-step student: resumed = uninterrupted, passes = batch, checkpointing on = off, ranks = one."""
+"""Recipes on the one loop: resumed = uninterrupted, passes = batch, checkpointing on = off, two ranks = one process.
 
-import os
-import socket
-import subprocess
-import sys
+Score distillation has the same tests in test_distillation.py.
+"""
+
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import ranks
 from tests.trainer.toy import ALONE, DrawnData, make_student, state
 from trainer.base import Trainer
 from trainer.consistency import ConsistencyTrainer
+from trainer.diffusion import DiffusionTrainer
 from trainer.gan import GANTrainer
 from trainer.ode import ODETrainer
 from utils.distributed import Ranks, init_distributed, shutdown
@@ -19,6 +20,7 @@ from utils.distributed import Ranks, init_distributed, shutdown
 pytestmark = pytest.mark.usefixtures("toy_sizes")
 
 RECIPES: dict[str, tuple[type[Trainer], list[str]]] = {
+    "teacher forcing": (DiffusionTrainer, ["data.text_dropout=0.5"]),
     "ode": (ODETrainer, ["teacher_forcing=false", "data.kind=ode_pairs"]),
     "consistency": (ConsistencyTrainer, ["consistency.causal_teacher=false"]),
     "gan": (GANTrainer, ["gan.r1_weight=0.1", "gan.r2_weight=0.1", "gan.denoising_weight=0.5", "gan.d_weight=1"]),
@@ -31,10 +33,10 @@ def models(folders, pairs) -> list[Path]:
     return [*folders, pairs[1]]
 
 
-def make(name: str, folder: Path, models: list[Path], *overrides: str, ranks: Ranks = ALONE) -> Trainer:
+def make(name: str, folder: Path, models: list[Path], *overrides: str, where: Ranks = ALONE) -> Trainer:
     recipe, settings = RECIPES[name]
     settings = [*settings, f"data.path={models[2]}"] if name == "ode" else settings
-    return make_student(recipe, folder, tuple(models[:2]), *settings, *overrides, ranks=ranks)
+    return make_student(recipe, folder, tuple(models[:2]), *settings, *overrides, ranks=where)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -65,13 +67,8 @@ def test_accumulated_passes_are_one_large_batch(name: str, tmp_path: Path, model
 
 def test_two_ranks_are_one_process(tmp_path: Path, models):
     """Replicated or sharded, each rank with half of the batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path, *models], check=True, timeout=240, cwd=root, env=environment)
+    done = ranks.run(__file__, 2, str(tmp_path), *map(str, models))
+    assert done.returncode == 0, done.stderr
     for name in RECIPES:
         on_drawn_data(name, tmp_path / name / "one", models, "batch_size=2")
         for strategy in STRATEGIES:
@@ -81,8 +78,8 @@ def test_two_ranks_are_one_process(tmp_path: Path, models):
 STRATEGIES = ["no_shard", "full"]
 
 
-def on_drawn_data(name: str, folder: Path, models: list[Path], *overrides: str, ranks: Ranks = ALONE) -> None:
-    trainer = make(name, folder, models, "max_steps=1", *overrides, ranks=ranks)
+def on_drawn_data(name: str, folder: Path, models: list[Path], *overrides: str, where: Ranks = ALONE) -> None:
+    trainer = make(name, folder, models, "max_steps=1", *overrides, where=where)
     trainer.source.open = lambda: DrawnData(3) if name == "ode" else DrawnData()
     trainer.train(visualize=False)
 
@@ -96,12 +93,15 @@ def same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
         torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
-if __name__ == "__main__":  # what torchrun starts in the two-rank test
-    torch.set_num_threads(1)
-    two_ranks = init_distributed("cpu")
-    home, *made = map(Path, sys.argv[1:])
-    for recipe_name in RECIPES:
-        for sharding in STRATEGIES:
-            options = ["batch_size=1", f"sharding_strategy={sharding}"]
-            on_drawn_data(recipe_name, home / recipe_name / sharding, made, *options, ranks=two_ranks)
+def on_two_ranks(arguments: list[str]) -> None:
+    where = init_distributed("cpu")
+    home, *models = map(Path, arguments)
+    for name in RECIPES:
+        for strategy in STRATEGIES:
+            options = ["batch_size=1", f"sharding_strategy={strategy}"]
+            on_drawn_data(name, home / name / strategy, models, *options, where=where)
     shutdown()
+
+
+if __name__ == "__main__":
+    ranks.main(on_two_ranks)

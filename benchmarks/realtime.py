@@ -1,0 +1,287 @@
+"""The four figures of a stream, with their spread, their error and what they were measured on.
+
+    python benchmarks/realtime.py --preset embedded --threads 2 --repeats 3 --json out.json
+    python benchmarks/realtime.py --preset embedded vae_decoder=tiny
+    python benchmarks/realtime.py --preset window --random_weights --steady_blocks 20 --json window.json
+
+A preset is a file of configs/presets/; key=value overrides it. Wall-clock around synchronised work, after one video
+that warms up; of several repeats the fastest counts, and all are in the JSON.
+
+- transformer: denoising and remembering, no decoding
+- with VAE: pixels in the device's memory
+- client: JPEG pictures in another thread's hands, counted from the request to the last picture
+- first frame: from the request to the first such picture, warm; cold: from loaded weights
+
+The error is that of latents and pixels against the eager float32 model with the full VAE, from the same noise.
+Speed does not depend on weights: --random_weights needs none on disk and leaves the text encoder out.
+"""
+
+import argparse
+import json
+import queue
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+from benchmarks.stream_report import describe_machine, markdown, percentiles
+from demo import jpeg_html
+from pipeline.build import assemble_pipeline, build_generator, build_pipeline
+from utils.config import ROOT, Config, load_config
+from utils.distributed import resolve_device, resolve_dtype
+from utils.flops import pass_flops
+from utils.video import to_uint8
+from utils.wan_wrapper import WanVAEWrapper
+from wan.configs import WAN_CONFIGS
+from wan.modules.model import WanModel
+from wan.modules.tiny_vae import TinyVAE
+from wan.modules.vae import WanVAE
+from wan.modules.weights import save_safetensors
+
+PRESETS = ROOT / "configs" / "presets"
+PROMPT = "a red puppet waves before a mint wall"
+
+
+def make_random_folder(model_name: str, folder: Path, device: torch.device) -> None:
+    """A model folder in the published layout with random bf16 weights: transformer, VAE and tiny VAE."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = WanModel(WAN_CONFIGS[model_name])
+        torch.nn.init.normal_(model.head.head.weight, std=0.02)  # zero by default: nothing would move
+        model.save_pretrained(folder, torch.bfloat16)
+        save_safetensors(WanVAE().state_dict(), folder / "Wan2.1_VAE.safetensors", torch.bfloat16)
+        save_safetensors(TinyVAE().state_dict(), folder / "taew2_1.safetensors", torch.bfloat16)
+
+
+@contextmanager
+def model_folder(config: Config, random_weights: bool, device: torch.device) -> Iterator[Config]:
+    """The config, pointing to a folder of random weights if wanted."""
+    if not random_weights:
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_random_folder(config.model_name, Path(folder), device)
+        yield replace(config, model_name=folder, generator_ckpt=None, use_ema=False)
+
+
+def load(config: Config, device: torch.device, random_weights: bool):
+    """The pipeline; with random weights its text encoder is a random embedding."""
+    if not random_weights:
+        return build_pipeline(config, device)
+    dtype = resolve_dtype(config.dtype, device)
+    generator = build_generator(config, device, dtype)
+    sizes = generator.model.config
+    noise = torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0))
+    embeds = noise.to(device, dtype)
+    vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+    return assemble_pipeline(config, generator, lambda prompts: embeds.expand(len(prompts), -1, -1), vae)
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(blocks: Iterator, device: torch.device) -> list[float]:
+    """Seconds of each block; the clock waits for the device after every one."""
+    last, seconds = now(device), []
+    for _ in blocks:
+        moment = now(device)
+        seconds.append(moment - last)
+        last = moment
+    return seconds
+
+
+def client(stream: Iterator[Tensor]) -> list[float]:
+    """Seconds from the request until each picture is a JPEG in another thread, which reads while the stream goes on."""
+    frames: queue.Queue = queue.Queue()
+    arrivals: list[float] = []
+
+    def read() -> None:
+        while (frame := frames.get()) is not None:
+            jpeg_html(frame)
+            arrivals.append(time.perf_counter() - asked)
+
+    reader = threading.Thread(target=read)
+    asked = time.perf_counter()
+    reader.start()
+    for pixels in stream:
+        for frame in to_uint8(pixels[0]):
+            frames.put(frame)
+    frames.put(None)
+    reader.join()
+    return arrivals
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use: on the GPU since the warm-up, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stand:
+    """One pipeline under measurement."""
+
+    def __init__(self, pipeline, config: Config, steady_blocks: int):
+        self.pipeline, self.config, self.device = pipeline, config, pipeline.device
+        self.block = config.num_frame_per_block
+        self.clip_blocks = config.num_output_frames // self.block
+        self.num_frames = config.num_output_frames + steady_blocks * self.block
+        self.stride = pipeline.vae.decoder.temporal_stride
+
+    def options(self, num_frames: int | None = None) -> dict:
+        sizes = {"height": self.config.height, "width": self.config.width}
+        return {"text_prompts": [PROMPT], "seeds": [0], "num_frames": num_frames or self.num_frames, **sizes}
+
+    def pixel_frames(self, blocks: int, *, first: bool) -> int:
+        return self.stride * self.block * blocks - (self.stride - 1) * first
+
+    @torch.no_grad()
+    def measure(self) -> dict:
+        """One round of the four figures."""
+        transformer = timed(self.pipeline._walk(None, **self.options()), self.device)
+        with_vae = timed(self.pipeline.stream(**self.options()), self.device)
+        arrivals = client(self.pipeline.stream(**self.options(self.config.num_output_frames)))
+        clip = self.clip_blocks
+        figures = {
+            "fps_transformer": self.pixel_frames(clip, first=True) / sum(transformer[:clip]),
+            "fps_with_vae": self.pixel_frames(clip, first=True) / sum(with_vae[:clip]),
+            "fps_client": len(arrivals) / arrivals[-1],
+            "first_frame_s": arrivals[0],
+            "block_transformer_s": percentiles(transformer[1:]),
+            "block_with_vae_s": percentiles(with_vae[1:]),
+        }
+        steady = len(with_vae) - clip
+        if steady:
+            frames = self.pixel_frames(steady, first=False)
+            figures["steady_fps_transformer"] = frames / sum(transformer[clip:])
+            figures["steady_fps_with_vae"] = frames / sum(with_vae[clip:])
+            figures["steady_block_with_vae_s"] = percentiles(with_vae[clip:])
+            tenth = max(1, steady // 10)
+            figures["steady_first_tenth_s"] = percentiles(with_vae[clip : clip + tenth])
+            figures["steady_last_tenth_s"] = percentiles(with_vae[-tenth:])
+        return figures
+
+    def flops(self) -> dict:
+        """Work of one late block: matrix products of the transformer, convolutions of the VAE."""
+        config, pipeline = self.config, self.pipeline
+        sizes = pipeline.generator.model.config
+        side = pipeline.vae.decoder.spatial_stride
+        tokens = sizes.tokens_per_frame(config.height // side, config.width // side)
+        window = config.model_kwargs.local_attn_size
+        seen = config.num_output_frames if window == -1 else min(window, config.num_output_frames)
+        work = pass_flops(sizes, self.block * tokens, seen * tokens, text_keys=False)
+        steps = len(pipeline.timesteps) if pipeline.timesteps else pipeline.sampling_steps
+        guided = pipeline.timesteps is None and pipeline.guidance_scale != 1
+        passes = (steps + config.clean_context) * (1 + guided)
+        latents = torch.zeros(1, self.block, sizes.out_dim, config.height // side, config.width // side)
+        cache = pipeline.vae.make_cache()
+        pipeline.vae.decode_to_pixel(latents, cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            pipeline.vae.decode_to_pixel(latents, cache=cache)
+        return {"passes": passes, "transformer_block": passes * work, "vae_block": float(counter.get_total_flops())}
+
+
+def reference_error(config: Config, stand: Stand, random_weights: bool) -> dict:
+    """Latents and pixels of the measured pipeline against eager float32 with the full VAE, from the same noise."""
+    exact = replace(config, dtype="float32", attention_backend="sdpa", compile=False, vae_decoder="full")
+    options = stand.options(config.num_output_frames)
+    pixels, latents = stand.pipeline.inference(**options, return_latents=True)
+    reference = load(exact, stand.device, random_weights)
+    true_pixels, true_latents = reference.inference(**options, return_latents=True)
+    error, pixel_error = latents - true_latents, (pixels - true_pixels).square().mean()
+    return {
+        "latents_relative": float(error.norm() / true_latents.norm()),
+        "latents_largest": float(error.abs().max()),
+        "pixels_psnr_db": float(-10 * torch.log10(pixel_error)) if pixel_error else None,  # None: equal
+    }
+
+
+def best(rounds: Sequence[dict]) -> dict:
+    """The fastest round, by frames with VAE."""
+    return max(rounds, key=lambda figures: figures["fps_with_vae"])
+
+
+def run(config: Config, arguments: argparse.Namespace) -> dict:
+    device = resolve_device(config.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with model_folder(config, arguments.random_weights, device) as config:
+        start = now(device)
+        stand = Stand(load(config, device, arguments.random_weights), config, arguments.steady_blocks)
+        loaded = now(device)
+        cold = client(stand.pipeline.stream(**stand.options(config.num_output_frames)))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        rounds = [stand.measure() for _ in range(arguments.repeats)]
+        result = {
+            **best(rounds),
+            "cold_first_frame_s": cold[0],
+            "load_s": loaded - start,
+            "peak_gb": peak_bytes(device) / 1e9,
+            "kv_cache_gb": stand.pipeline.kv_cache_pos.num_bytes / 1e9,
+            "flops": stand.flops(),
+        }
+        if not arguments.no_reference:
+            result["error"] = reference_error(config, stand, arguments.random_weights)
+    return {**result, "rounds": rounds, "machine": describe_machine(device)}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    parser.add_argument("--preset", default="embedded", help=f"{known}; or the path of another config")
+    parser.add_argument("--random_weights", action="store_true", help="of the model's sizes; nothing need be on disk")
+    parser.add_argument("--steady_blocks", type=int, default=0, help="blocks after the clip, for steady figures")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds, of which the fastest counts")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--no_reference", action="store_true", help="leave the error out")
+    parser.add_argument("--json", type=Path, help="write the figures here; benchmarks/compare.py reads such files")
+    parser.add_argument("--markdown", type=Path, help="write the report here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the preset")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    path = PRESETS / f"{arguments.preset}.yaml"
+    config = load_config(path if path.is_file() else arguments.preset, arguments.overrides)
+    settings = {
+        "preset": arguments.preset,
+        "overrides": arguments.overrides,
+        "random_weights": arguments.random_weights,
+        "model": config.model_name,
+        "size": [config.width, config.height],
+        "latent_frames": config.num_output_frames,
+        "steps": list(config.denoising_step_list or []) or config.sampling_steps,
+        "clean_context": config.clean_context,
+        "window": config.model_kwargs.local_attn_size,
+        "sink": config.model_kwargs.sink_size,
+        "vae_decoder": config.vae_decoder,
+        "dtype": str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch."),
+    }
+    result = {"settings": settings, **run(config, arguments)}
+    report = markdown({arguments.preset: result})
+    print(report)
+    for target, text in ((arguments.json, json.dumps(result, indent=1) + "\n"), (arguments.markdown, report)):
+        if target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

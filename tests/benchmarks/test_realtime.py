@@ -1,0 +1,60 @@
+"""benchmarks/realtime.py and compare.py on the CPU: the whole road at toy size, and the arithmetic of the figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, realtime
+from benchmarks.stream_report import markdown, percentiles
+from utils.config import load_config
+
+PRESETS = sorted(realtime.PRESETS.glob("*.yaml"))
+FOUR = ("fps_transformer", "fps_with_vae", "fps_client", "first_frame_s")
+
+
+def run(folder: Path, model: Path, name: str, *more: str) -> dict:
+    files = ["--json", str(folder / f"{name}.json"), "--markdown", str(folder / f"{name}.md")]
+    settings = [f"model_name={model}", "height=32", "width=32", "num_output_frames=6", "device=cpu"]
+    assert realtime.main(["--preset", "embedded", *files, *settings, *more]) == 0
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_four_figures_an_error_and_a_report(tmp_path: Path, tiny_model_folder: Path, capsys):
+    full = run(tmp_path, tiny_model_folder, "full", "--repeats", "2", "--steady_blocks", "4")
+    assert all(full[name] > 0 for name in (*FOUR, "cold_first_frame_s", "steady_fps_with_vae", "peak_gb"))
+    assert full["fps_with_vae"] == max(figures["fps_with_vae"] for figures in full["rounds"])
+    assert full["error"] == {"latents_relative": 0, "latents_largest": 0, "pixels_psnr_db": None}
+    assert full["flops"]["passes"] == 5 and full["flops"]["vae_block"] > 0
+    tiny = run(tmp_path, tiny_model_folder, "tiny", "vae_decoder=tiny", "clean_context=false")
+    assert tiny["flops"]["passes"] == 4 and tiny["flops"]["vae_block"] < full["flops"]["vae_block"]
+    assert tiny["error"]["latents_relative"] == 0 and tiny["error"]["pixels_psnr_db"] < 60  # only the decoder differs
+    for result, name in ((full, "full"), (tiny, "tiny")):
+        assert (tmp_path / f"{name}.md").read_text() == markdown({"embedded": result})
+    capsys.readouterr()
+    assert compare.main([str(tmp_path / "full.json"), str(tmp_path / "tiny.json")]) == 0
+    table = capsys.readouterr().out
+    assert "| vae_decoder | full | tiny |  |" in table and "| passes a block | 5 | 4 | 0.80 |" in table
+    assert "| sink |" not in table  # settings that agree are left out
+    assert "| error of pixels, dB PSNR | equal |" in table
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"other\.json is no report of benchmarks/realtime\.py"):
+        compare.main([str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit, match="cannot be read as a report"):
+        compare.main([str(tmp_path / "nowhere.json")])
+
+
+def test_percentiles_of_few_and_of_many():
+    assert percentiles([3.0, 1.0, 2.0]) == {"p50": 2.0, "p99": 3.0}
+    assert percentiles([float(i) for i in range(1000)]) == {"p50": 500.0, "p99": 990.0}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_loads(path: Path):
+    config = load_config(path)
+    assert config.denoising_step_list and config.guidance_scale == 1
+    window = config.model_kwargs
+    assert window.local_attn_size == -1 or window.sink_size == 3
