@@ -87,6 +87,7 @@ def assemble_pipeline(
         warp_denoising_step=config.warp_denoising_step,
         context_noise=config.context_noise,
         clean_context=config.clean_context,
+        guidance_passes=config.guidance_passes,
         independent_first_frame=config.independent_first_frame,
         **sampling,
     )

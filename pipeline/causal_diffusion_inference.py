@@ -11,6 +11,7 @@ from pipeline.image import ImageCondition, choose_image_mode, encode_image
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
 from utils.conditioning import Conditioning
+from utils.memory import available, pass_bytes
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
 
@@ -25,6 +26,10 @@ class CausalDiffusionInferencePipeline:
     with classifier-free guidance over two caches, kv_cache_pos and kv_cache_neg. context_noise: time in [0, 1000] at
     which finished blocks are remembered. clean_context: remember a block by one more pass over its clean latents; off
     (for models trained so) by the keys of its last denoising step, which saves that pass.
+
+    guidance_passes: "one" takes both sides of guidance through the generator together: faster where one side leaves the
+    GPU idle, for twice a pass's memory. kv_cache_pos then holds both sides, the guided one first, and kv_cache_neg is
+    None. "two": one after the other. "auto": together on a GPU that has the room.
 
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
@@ -46,6 +51,7 @@ class CausalDiffusionInferencePipeline:
         context_noise: float = 0.0,
         clean_context: bool = True,
         independent_first_frame: bool = False,
+        guidance_passes: str = "auto",
     ):
         self.generator = generator
         self.text_encoder = text_encoder
@@ -59,6 +65,9 @@ class CausalDiffusionInferencePipeline:
         self.context_noise = context_noise
         self.clean_context = clean_context
         self.independent_first_frame = independent_first_frame
+        if guidance_passes not in ("auto", "one", "two"):
+            raise ValueError(f"guidance_passes {guidance_passes!r} is unknown; use 'auto', 'one' or 'two'")
+        self.guidance_passes = guidance_passes
         self.kv_cache_pos: KVCache | None = None
         self.kv_cache_neg: KVCache | None = None
         self._streams = 0
@@ -250,14 +259,29 @@ class CausalDiffusionInferencePipeline:
         image: ImageCondition,
     ) -> list[Path]:
         """The guided path, and with guidance the unguided one."""
-        guided = self.timesteps is None and self.guidance_scale != 1
-        self._prepare_caches(len(text_prompts), shape, num_frames, 1 + guided)
+        batch, guided = len(text_prompts), self.timesteps is None and self.guidance_scale != 1
+        together = guided and self._guides_in_one_pass(batch, shape, num_frames)
+        sides = 1 + together
+        self._prepare_caches(sides * batch, shape, num_frames, 1 + guided - together)
         embeds = self.text_encoder(text_prompts).to(self.device)
         positive = Conditioning(embeds, image.clip_feature, image.y)
         if not guided:
             return [Path(positive, self.kv_cache_pos)]
-        negative = positive.negative(self.text_encoder([self.negative_prompt] * len(text_prompts)).to(self.device))
+        negative = positive.negative(self.text_encoder([self.negative_prompt] * batch).to(self.device))
+        if together:
+            return [Path(positive.beside(negative), self.kv_cache_pos, sides)]
         return [Path(positive, self.kv_cache_pos), Path(negative, self.kv_cache_neg)]
+
+    def _guides_in_one_pass(self, batch: int, shape: tuple[int, int, int], num_frames: int | None) -> bool:
+        if self.guidance_passes != "auto" or self.device.type != "cuda":
+            return self.guidance_passes == "one"
+        model, (_, height, width) = self.generator.model, shape
+        tokens = 2 * batch * self.num_frame_per_block * model.config.tokens_per_frame(height, width)
+        wanted = pass_bytes(model.config, tokens, model.dtype)
+        if self.kv_cache_pos is None:
+            frames = model.cache_capacity(num_frames)
+            wanted += model.kv_cache_bytes(2 * batch, height, width, frames)
+        return wanted < available(self.device)
 
     def _prepare_caches(self, batch: int, shape: tuple[int, int, int], num_frames: int | None, num_paths: int) -> None:
         """Empty caches for latents [batch, num_frames, *shape], in the old memory if it fits."""

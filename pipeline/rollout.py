@@ -63,11 +63,13 @@ def plan_blocks(
 class Path:
     """One way through the generator: what steers it and what it remembers. Guidance walks two of them.
 
-    kv_cache None: a bidirectional generator, which sees its one block only.
+    kv_cache None: a bidirectional generator, which sees its one block only. sides 2: conditioning and cache hold the
+    guided side's batch and then the unguided one's, which go through the generator in one pass.
     """
 
     conditioning: Conditioning
     kv_cache: KVCache | None
+    sides: int = 1
 
 
 # From one block's start to its clean latents: (block, paths) -> [B, f, C, H, W]. It may run with gradient.
@@ -77,7 +79,11 @@ SampleBlock = Callable[[FrameBlock, list[Path]], Tensor]
 def denoise_path(
     generator: WanDiffusionWrapper, path: Path, block: FrameBlock, x: Tensor, t: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Flow and x0 of a block [B, f, C, H, W] at one time t, in the path's context. Moves nothing."""
+    """Flow and x0 [sides * B, f, C, H, W] of a block [B, f, C, H, W] at one time t, in the path's context.
+
+    Moves nothing.
+    """
+    x = x.repeat(path.sides, 1, 1, 1, 1)
     timestep = torch.zeros(x.shape[:2], device=x.device) + t  # no copy of a number: it would wait for the device
     return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
 
@@ -85,13 +91,14 @@ def denoise_path(
 def guided(
     generator: WanDiffusionWrapper, paths: list[Path], block: FrameBlock, guidance_scale: float = 1.0
 ) -> Denoise:
-    """What a sampler sees of one block: the first path's prediction, guided away from the second's if there is one."""
+    """What a sampler sees of one block: the first side's prediction, guided away from the second's if there is one."""
 
     def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         predictions = [denoise_path(generator, path, block, x, t) for path in paths]
-        if len(predictions) == 1:
+        flows = [flow for path, (flow, _) in zip(paths, predictions, strict=True) for flow in flow.chunk(path.sides)]
+        if len(flows) == 1:
             return predictions[0]
-        flow = guide(predictions[0][0], predictions[1][0], guidance_scale)
+        flow = guide(*flows, guidance_scale)
         return flow, generator.scheduler.flow_to_x0(flow, x, t)
 
     return denoise

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,6 +31,16 @@ class Conditioning:
     def add_condition(self) -> Tensor | None:
         """Pose as tokens [B, F * H/2 * W/2, pose_dim], in the order of the video's tokens."""
         return None if self.pose is None else self.pose.flatten(2).transpose(1, 2)
+
+    def beside(self, other: "Conditioning") -> "Conditioning":
+        """Both in one batch, this one's samples first. Neither may have a pose: a side without has no tokens for it."""
+        if self.pose is not None or other.pose is not None:
+            raise ValueError("conditionings with a pose do not go side by side; walk them as two paths")
+        embeds = (self.prompt_embeds, other.prompt_embeds)
+        longest = max(embed.shape[1] for embed in embeds)  # rows of zeros are what the network fills up with, too
+        padded = [F.pad(embed, (0, 0, 0, longest - embed.shape[1])) for embed in embeds]
+        pairs = ((self.clip_feature, other.clip_feature), (self.y, other.y))
+        return Conditioning(torch.cat(padded), *(None if one is None else torch.cat([one, two]) for one, two in pairs))
 
     def negative(self, prompt_embeds: Tensor) -> "Conditioning":
         """The unguided side of classifier-free guidance: other words, the same image, no pose."""

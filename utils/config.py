@@ -234,6 +234,7 @@ class Config:
     rope_base: Literal["absolute", "window"] = "absolute"  # window: time positions relative to the window, for streams
     timestep_shift: float = 3.0  # the one shift: training, sampling and warping
     guidance_scale: float = 3.0  # classifier-free guidance w in  uncond + w (cond - uncond); 1 turns it off
+    guidance_passes: Literal["auto", "one", "two"] = "auto"  # one: both sides together; auto: on a GPU with room
     sampling_steps: int = 16
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
     negative_prompt: str = ""

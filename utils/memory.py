@@ -29,14 +29,10 @@ class MemoryPlan:
 
     def check(self, device: torch.device) -> None:
         """Raise MemoryError with the way out when the peak is more than a GPU has free, or more than a machine has."""
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            free += torch.cuda.memory_reserved(device)
-        elif device.type == "cpu" and hasattr(os, "sysconf"):
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        else:
-            return
-        if self.peak > free:
+        free = available(device)
+        if free is not None and device.type == "cuda":
+            free += torch.cuda.memory_allocated(device)  # what the plan counts, too
+        if free is not None and self.peak > free:
             there = "free on" if device.type == "cuda" else "in all on"
             raise MemoryError(
                 f"about {self.peak / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are {there} {device} ({self}); "
@@ -67,8 +63,7 @@ def plan_inference(
     height, width: pixels. num_frames: latents of the whole video, None without end (needs a window). num_paths: 2 with
     guidance. text_encoder, vae: the modules, on any device, meta included.
 
-    A denoising pass holds, per token, two float32 and six half-precision rows of the model's width and the
-    feed-forward's hidden row twice; decoding a chunk holds about six feature maps of `vae_dim` channels at full size.
+    Decoding a chunk holds about six feature maps of `vae_dim` channels at full size.
     """
     frames = num_frames if local_attn_size == -1 else min(local_attn_size, num_frames or local_attn_size)
     if frames is None:
@@ -86,7 +81,7 @@ def plan_inference(
     tokens = batch_size * min(num_frame_per_block, frames) * tokens_per_frame
     chunk_pixels = batch_size * 4 * min(latents_per_chunk, num_frame_per_block) * height * width
     phases = {
-        "denoising": tokens * (config.dim * (2 * 4 + 6 * number) + 2 * config.ffn_dim * number),
+        "denoising": pass_bytes(config, tokens, dtype),
         "decoding": 6 * chunk_pixels * vae_dim * number // vae_patch_size**2,
     }
     if text_encoder is not None and offload_text_encoder:
@@ -94,6 +89,24 @@ def plan_inference(
     elif text_encoder is not None:
         resident["text encoder"] = module_bytes(text_encoder, dtype)
     return MemoryPlan(resident, phases)
+
+
+def pass_bytes(config: WanConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """What a pass without gradient holds for so many tokens, weights and cache apart.
+
+    Per token two float32 and six rows of the model's width in dtype, and the feed-forward's hidden row twice.
+    """
+    return num_tokens * (config.dim * (2 * 4 + 6 * dtype.itemsize) + 2 * config.ffn_dim * dtype.itemsize)
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be had on a GPU, torch's own reserve included; all that a CPU's machine has; else None."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def module_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:

@@ -321,3 +321,28 @@ def test_block_plans():
     assert plan(9, 3, True, 3) == [(0, 1, True), (1, 3, True), (3, 6, False), (6, 9, False)]
     assert plan(None, 2)[-1] == (8, 10, False)
     assert FrameBlock(3, 6).num_frames == 3
+
+
+@pytest.mark.parametrize("given", [None, torch.randn(2, 1, 4, 4, 4)])
+def test_guidance_in_one_pass_is_guidance_in_two(given):
+    options = {"text_prompts": ["a", "b"], "seeds": [1, 2], "num_frames": 6 + (given is not None), **SIZE}
+    videos = []
+    for passes in ("two", "one"):
+        pipeline = toy_pipeline(window=4, sink=1, few=False, guidance_passes=passes)
+        videos.append(pipeline.inference(**options, initial_latent=given))
+        assert (pipeline.kv_cache_neg is None) == (passes == "one")
+    assert pipeline.kv_cache_pos.keys[0].shape[0] == 4
+    torch.testing.assert_close(videos[1], videos[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(pipeline.inference(**options, initial_latent=given), videos[1])  # in the memory that is there
+
+
+def test_one_pass_and_two_take_turns_on_one_pipeline():
+    pipeline = toy_pipeline(few=False)
+    options = {"text_prompts": ["a"], "seeds": [1], "num_frames": 4, **SIZE}
+    two = pipeline.inference(**options)
+    pipeline.guidance_passes = "one"
+    torch.testing.assert_close(pipeline.inference(**options), two, atol=1e-5, rtol=1e-5)
+    pipeline.guidance_passes = "two"
+    assert torch.equal(pipeline.inference(**options), two)
+    with pytest.raises(ValueError, match="'perhaps' is unknown; use 'auto', 'one' or 'two'"):
+        toy_pipeline(guidance_passes="perhaps")

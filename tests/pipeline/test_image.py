@@ -188,3 +188,10 @@ def test_what_a_checkpoint_cannot_take_is_refused_before_anything_is_made(tiny_m
     i2v.clip = None
     with pytest.raises(ValueError, match="CLIP tokens too"):
         run(i2v)
+
+
+def test_guidance_in_one_pass_takes_images_along(tiny_i2v_folder):
+    pipeline = build(tiny_i2v_folder, "denoising_step_list=null", "sampling_steps=2", "guidance_passes=two")
+    two = run(pipeline, 6, ("a", "b"), picture(batch=2))
+    pipeline.guidance_passes = "one"
+    torch.testing.assert_close(run(pipeline, 6, ("a", "b"), picture(batch=2)), two, atol=1e-4, rtol=1e-4)

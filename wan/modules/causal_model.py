@@ -138,6 +138,11 @@ class CausalWanModel(WanModel):
             return num_frames
         return self.local_attn_size if num_frames is None else min(self.local_attn_size, num_frames)
 
+    def kv_cache_bytes(self, batch_size: int, height: int, width: int, num_frames: int) -> int:
+        """Bytes of a cache of so many frames, in the model's dtype."""
+        tokens = batch_size * num_frames * self.config.tokens_per_frame(height, width)
+        return 2 * self.config.num_layers * tokens * self.config.dim * self.dtype.itemsize
+
     def make_kv_cache(
         self,
         batch_size: int,
