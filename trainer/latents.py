@@ -19,7 +19,7 @@ from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import Samples, TrainingData
 from utils.distributed import Rngs, SampleRngs, barrier
-from utils.sharding import whole_state
+from utils.sharding import gathered, whole_state
 from utils.text_cache import TextEncoderFiles
 from utils.training_state import has_training_state
 from utils.video import contact_sheet, write_video
@@ -280,7 +280,8 @@ class LatentTrainer(Trainer):
         prompts = self.source.sample_prompts(NUM_SAMPLES)
         vae = WanVAEWrapper(str(self.folder), device=self.device)
         pipeline = assemble_pipeline(config, self.generator, self.embed, vae)
-        with torch.compiler.set_stance("force_eager"):  # sampling has other shapes: compiling them costs more
+        # Sampling has other shapes: compiling them costs more.
+        with torch.compiler.set_stance("force_eager"), gathered(self.generator):
             videos = pipeline.inference(
                 text_prompts=prompts,
                 seeds=[config.seed + i for i in range(len(prompts))],
