@@ -2,18 +2,23 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
+from pipeline.teacache import TeaCache, load_coefficients
 from utils.checkpoint import load_generator
 from utils.config import Config
 from utils.distributed import resolve_device, resolve_dtype
+from utils.fingerprint import fingerprint
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from wan.configs import find_model_folder
 
 logger = logging.getLogger(__name__)
+TEACACHE_FILE = "teacache.json"
 
 
 def generator_options(config: Config) -> dict:
@@ -67,6 +72,23 @@ def build_pipeline(
     return assemble_pipeline(config, generator, text_encoder, vae, clip)
 
 
+def build_teacache(config: Config) -> TeaCache | None:
+    """What teacache says, with the model folder's calibration (scripts/calibrate_teacache.py) or the published one."""
+    if not config.teacache:
+        return None
+    folder = find_model_folder(config.model_name)
+    name = Path(config.model_name).name
+    return TeaCache(load_coefficients(folder / TEACACHE_FILE, name, weights_fingerprint(config)), config.teacache)
+
+
+def weights_fingerprint(config: Config) -> str:
+    """What tells a run's transformer from another."""
+    if config.generator_ckpt:
+        return fingerprint(config.generator_ckpt)
+    folder = find_model_folder(config.model_name)
+    return fingerprint(*sorted(folder.glob("diffusion_pytorch_model*.safetensors")))
+
+
 def assemble_pipeline(
     config: Config,
     generator: WanDiffusionWrapper,
@@ -77,6 +99,7 @@ def assemble_pipeline(
     """The pipeline a config asks for, of parts that are there already: trainers sample with what they train."""
     sampling = {
         "clip": clip,
+        "teacache": build_teacache(config),
         "guidance_scale": config.guidance_scale,
         "negative_prompt": config.negative_prompt,
         "solver": config.solver,
