@@ -10,8 +10,10 @@ from pipeline.driving import DrivingVideo, latents_for, skipped_steps, whole_blo
 from pipeline.image import ImageCondition, choose_image_mode, encode_image
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
+from pipeline.teacache import TeaCache
 from utils.conditioning import Conditioning
 from utils.memory import available, pass_bytes
+from utils.solvers import make_solver
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
 
@@ -30,6 +32,8 @@ class CausalDiffusionInferencePipeline:
     guidance_passes: "one" takes both sides of guidance through the generator together: faster where one side leaves the
     GPU idle, for twice a pass's memory. kv_cache_pos then holds both sides, the guided one first, and kv_cache_neg is
     None. "two": one after the other. "auto": together on a GPU that has the room.
+
+    teacache: leave out denoising steps that change little (many steps only).
 
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
@@ -52,6 +56,7 @@ class CausalDiffusionInferencePipeline:
         clean_context: bool = True,
         independent_first_frame: bool = False,
         guidance_passes: str = "auto",
+        teacache: TeaCache | None = None,
     ):
         self.generator = generator
         self.text_encoder = text_encoder
@@ -70,10 +75,16 @@ class CausalDiffusionInferencePipeline:
         self.guidance_passes = guidance_passes
         self.kv_cache_pos: KVCache | None = None
         self.kv_cache_neg: KVCache | None = None
+        self.teacache = teacache
+        self._plans: dict[tuple, tuple[bool, ...]] = {}
         self._streams = 0
         self.timesteps: list[float] | None = None
         if denoising_step_list:
             self.timesteps = few_step_times(denoising_step_list, generator.scheduler, warp=warp_denoising_step)
+            if teacache is not None:
+                raise ValueError(
+                    "teacache leaves out steps of a many-step model, a few-step one needs all; set it to 0"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -302,6 +313,18 @@ class CausalDiffusionInferencePipeline:
         """Denoising steps of a block."""
         return self.sampling_steps if self.timesteps is None else len(self.timesteps)
 
+    def _steps_computed(self, skip: int) -> tuple[bool, ...] | None:
+        """TeaCache's plan of the steps after `skip`; it is the same for every block."""
+        if self.teacache is None:
+            return None
+        schedule = (self.solver, self.sampling_steps, self.generator.scheduler.shift)
+        key = (self.teacache, *schedule, skip)
+        plan = self._plans.get(key)
+        if plan is None:
+            timesteps = make_solver(*schedule, "cpu").timesteps[skip:]
+            plan = self._plans[key] = self.teacache.plan(self.generator.model, timesteps)
+        return plan
+
     def sample_block(
         self,
         noise: Tensor,
@@ -315,7 +338,7 @@ class CausalDiffusionInferencePipeline:
 
         after: latents to be changed rather than made up, from the noise level that `skip` steps leave.
         """
-        denoise = guided(self.generator, paths, block, self.guidance_scale)
+        denoise = guided(self.generator, paths, block, self.guidance_scale, self._steps_computed(skip))
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw, start=after, skip=skip)
         shift = self.generator.scheduler.shift

@@ -1,6 +1,6 @@
 """The walk of a video, block by block: the same for inference, live streams and training."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.kv_cache import KVCache
 from wan.modules.masks import block_starts
+from wan.modules.model import Shortcut
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,47 @@ SampleBlock = Callable[[FrameBlock, list[Path]], Tensor]
 
 
 def denoise_path(
-    generator: WanDiffusionWrapper, path: Path, block: FrameBlock, x: Tensor, t: Tensor | float
+    generator: WanDiffusionWrapper,
+    path: Path,
+    block: FrameBlock,
+    x: Tensor,
+    t: Tensor | float,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Flow and x0 [sides * B, f, C, H, W] of a block [B, f, C, H, W] at one time t, in the path's context.
 
-    Moves nothing.
+    Moves nothing. shortcut: WanModel.forward's.
     """
     x = x.repeat(path.sides, 1, 1, 1, 1)
     timestep = torch.zeros(x.shape[:2], device=x.device) + t  # no copy of a number: it would wait for the device
-    return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
+    return generator(
+        x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache, shortcut=shortcut
+    )
 
 
 def guided(
-    generator: WanDiffusionWrapper, paths: list[Path], block: FrameBlock, guidance_scale: float = 1.0
+    generator: WanDiffusionWrapper,
+    paths: list[Path],
+    block: FrameBlock,
+    guidance_scale: float = 1.0,
+    computed: Sequence[bool] | None = None,
 ) -> Denoise:
-    """What a sampler sees of one block: the first side's prediction, guided away from the second's if there is one."""
+    """What a sampler sees of one block: the first side's prediction, guided away from the second's if there is one.
+
+    computed: for every call in turn, whether the blocks are run, or add what they last added (pipeline.teacache).
+    """
+    shortcuts = [None if computed is None else Shortcut() for _ in paths]
+    plan = iter(computed or ())
 
     def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        predictions = [denoise_path(generator, path, block, x, t) for path in paths]
+        if computed is not None:
+            reuse = not next(plan)
+            for shortcut in shortcuts:
+                shortcut.reuse = reuse
+        predictions = [
+            denoise_path(generator, path, block, x, t, shortcut)
+            for path, shortcut in zip(paths, shortcuts, strict=True)
+        ]
         flows = [flow for path, (flow, _) in zip(paths, predictions, strict=True) for flow in flow.chunk(path.sides)]
         if len(flows) == 1:
             return predictions[0]
