@@ -1,13 +1,13 @@
 """The walk of a video, block by block: the same for inference, live streams and training."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor
 
-from pipeline.samplers import Denoise, guide
+from pipeline.samplers import Denoise, guide_in_turn
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.kv_cache import KVCache
@@ -71,6 +71,10 @@ class Path:
     kv_cache: KVCache | None
     sides: int = 1
 
+    def without_pose(self) -> "Path":
+        """The same memory, seen without the pose."""
+        return replace(self, conditioning=replace(self.conditioning, pose=None))
+
 
 # From one block's start to its clean latents: (block, paths) -> [B, f, C, H, W]. It may run with gradient.
 SampleBlock = Callable[[FrameBlock, list[Path]], Tensor]
@@ -89,16 +93,28 @@ def denoise_path(
 
 
 def guided(
-    generator: WanDiffusionWrapper, paths: list[Path], block: FrameBlock, guidance_scale: float = 1.0
+    generator: WanDiffusionWrapper,
+    paths: list[Path],
+    block: FrameBlock,
+    guidance_scale: float | Sequence[float] = 1.0,
+    sees_pose: Callable[[int], bool] | None = None,
 ) -> Denoise:
-    """What a sampler sees of one block: the first side's prediction, guided away from the second's if there is one."""
+    """What a sampler sees of one block: the first side's prediction, guided away from those of the others.
+
+    guidance_scale: one number, or one for each side but the last, see `guide_in_turn`. sees_pose: whether the n-th call
+    (the n-th denoising step) sees the pose; None: all do.
+    """
+    scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
+    steps = count()
 
     def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        predictions = [denoise_path(generator, path, block, x, t) for path in paths]
+        step = next(steps)
+        walked = paths if sees_pose is None or sees_pose(step) else [path.without_pose() for path in paths]
+        predictions = [denoise_path(generator, path, block, x, t) for path in walked]
         flows = [flow for path, (flow, _) in zip(paths, predictions, strict=True) for flow in flow.chunk(path.sides)]
         if len(flows) == 1:
             return predictions[0]
-        flow = guide(*flows, guidance_scale)
+        flow = guide_in_turn(flows, scales)
         return flow, generator.scheduler.flow_to_x0(flow, x, t)
 
     return denoise
