@@ -10,6 +10,7 @@ that warms up; of several repeats the fastest counts, and all are in the JSON.
 - transformer: denoising and remembering, no decoding
 - with VAE: pixels in the device's memory
 - client: JPEG pictures in another thread's hands, counted from the request to the last picture
+- CPU seconds: of all threads, for a block with VAE; on a machine that others use, the figure that they disturb least
 - first frame: from the request to the first such picture, warm; cold: from loaded weights
 
 The error is that of latents and pixels against the eager float32 model with the full VAE, from the same noise.
@@ -37,12 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks.stream_report import describe_machine, markdown, percentiles
 from demo import jpeg_html
-from pipeline.build import assemble_pipeline, build_generator, build_pipeline
+from pipeline.build import assemble_pipeline, build_generator, build_pipeline, build_vae
 from utils.config import ROOT, Config, load_config
 from utils.distributed import resolve_device, resolve_dtype
 from utils.flops import pass_flops
 from utils.video import to_uint8
-from utils.wan_wrapper import WanVAEWrapper
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.tiny_vae import TinyVAE
@@ -84,8 +84,11 @@ def load(config: Config, device: torch.device, random_weights: bool):
     sizes = generator.model.config
     noise = torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0))
     embeds = noise.to(device, dtype)
-    vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
-    return assemble_pipeline(config, generator, lambda prompts: embeds.expand(len(prompts), -1, -1), vae)
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return embeds.expand(len(prompts), -1, -1)
+
+    return assemble_pipeline(config, generator, encode, build_vae(config, device))
 
 
 def now(device: torch.device) -> float:
@@ -153,7 +156,9 @@ class Stand:
     def measure(self) -> dict:
         """One round of the four figures."""
         transformer = timed(self.pipeline._walk(None, **self.options()), self.device)
+        used = time.process_time()
         with_vae = timed(self.pipeline.stream(**self.options()), self.device)
+        used = time.process_time() - used
         arrivals = client(self.pipeline.stream(**self.options(self.config.num_output_frames)))
         clip = self.clip_blocks
         figures = {
@@ -161,6 +166,7 @@ class Stand:
             "fps_with_vae": self.pixel_frames(clip, first=True) / sum(with_vae[:clip]),
             "fps_client": len(arrivals) / arrivals[-1],
             "first_frame_s": arrivals[0],
+            "cpu_s_per_block": used / len(with_vae),
             "block_transformer_s": percentiles(transformer[1:]),
             "block_with_vae_s": percentiles(with_vae[1:]),
         }
@@ -197,7 +203,8 @@ class Stand:
 
 def reference_error(config: Config, stand: Stand, random_weights: bool) -> dict:
     """Latents and pixels of the measured pipeline against eager float32 with the full VAE, from the same noise."""
-    exact = replace(config, dtype="float32", attention_backend="sdpa", compile=False, vae_decoder="full")
+    plain = {"dtype": "float32", "vae_dtype": "auto", "vae_decoder": "full"}
+    exact = replace(config, **plain, attention_backend="sdpa", compile=False)
     options = stand.options(config.num_output_frames)
     pixels, latents = stand.pipeline.inference(**options, return_latents=True)
     reference = load(exact, stand.device, random_weights)
@@ -271,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "window": config.model_kwargs.local_attn_size,
         "sink": config.model_kwargs.sink_size,
         "vae_decoder": config.vae_decoder,
+        "vae_dtype": config.vae_dtype,
         "dtype": str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch."),
     }
     result = {"settings": settings, **run(config, arguments)}

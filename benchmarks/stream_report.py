@@ -16,6 +16,7 @@ ROWS = {  # title: (path into the JSON, format)
     "first frame, cold, s": ("cold_first_frame_s", "{:.2f}"),
     "block with VAE, p50, s": ("block_with_vae_s.p50", "{:.3f}"),
     "block with VAE, p99, s": ("block_with_vae_s.p99", "{:.3f}"),
+    "CPU seconds a block, with VAE": ("cpu_s_per_block", "{:.3f}"),
     "block, transformer, p50, s": ("block_transformer_s.p50", "{:.3f}"),
     "block, transformer, p99, s": ("block_transformer_s.p99", "{:.3f}"),
     "steady frames/s, transformer": ("steady_fps_transformer", "{:.1f}"),

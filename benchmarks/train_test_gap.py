@@ -277,7 +277,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--given names {', '.join(unknown)}; methods are {', '.join(METHODS)}")
     if args.toy:
         args.steps, args.num_prompts, args.batch_size, args.size, args.num_pairs = args.steps or 2, 2, 2, 32, 2
-        args.horizons, args.sample_seeds = [12, 24], args.sample_seeds[:2]
+        args.horizons, args.sample_seeds = [12], args.sample_seeds[:2]
         toy = ["height=32", "width=32", "batch_size=2", "compile=false", "num_training_frames=6", "sampling_steps=2"]
         toy += ["model_kwargs.local_attn_size=6", "data.pool_size=4", "data.min_fill=4", "data.encode_batch_size=2"]
         args.overrides = [*toy, f"device={args.device}", *args.overrides]

@@ -8,7 +8,9 @@ from torch import Tensor
 from pipeline.image import choose_image_mode, encode_image
 from pipeline.rollout import FrameBlock, Path, guided
 from pipeline.samplers import SampleNoise, multi_step
+from pipeline.teacache import TeaCache
 from utils.conditioning import Conditioning
+from utils.solvers import make_solver
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 
 
@@ -26,6 +28,7 @@ class BidirectionalInferencePipeline:
         negative_prompt: str = "",
         solver: str = "unipc",
         sampling_steps: int = 50,
+        teacache: TeaCache | None = None,
     ):
         self.generator = generator
         self.text_encoder = text_encoder
@@ -35,6 +38,7 @@ class BidirectionalInferencePipeline:
         self.negative_prompt = negative_prompt
         self.solver = solver
         self.sampling_steps = sampling_steps
+        self.teacache = teacache
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +89,11 @@ class BidirectionalInferencePipeline:
             choose_image_mode(image_mode, self.generator.model.config)
             image = encode_image(self.generator, self.vae, self.clip, input_image, noise.shape[1])
         paths = [Path(Conditioning(embed.to(self.device), **image), None) for embed in embeds]
-        denoise = guided(self.generator, paths, FrameBlock(0, noise.shape[1]), self.guidance_scale)
-        latents = multi_step(denoise, noise, self.solver, self.sampling_steps, self.generator.scheduler.shift)
+        schedule = (self.solver, self.sampling_steps, self.generator.scheduler.shift)
+        computed = None
+        if self.teacache is not None:
+            computed = self.teacache.plan(self.generator.model, make_solver(*schedule, "cpu").timesteps)
+        denoise = guided(self.generator, paths, FrameBlock(0, noise.shape[1]), self.guidance_scale, computed)
+        latents = multi_step(denoise, noise, *schedule)
         video = (self.vae.decode_to_pixel(latents) + 1) / 2
         return (video, latents) if return_latents else video

@@ -2,18 +2,23 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
+from pipeline.teacache import TeaCache, load_coefficients
 from utils.checkpoint import load_generator
 from utils.config import Config
 from utils.distributed import resolve_device, resolve_dtype
+from utils.fingerprint import fingerprint
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
+from wan.configs import find_model_folder
 
 logger = logging.getLogger(__name__)
+TEACACHE_FILE = "teacache.json"
 
 
 def generator_options(config: Config) -> dict:
@@ -46,6 +51,12 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
     return generator.eval().requires_grad_(False)
 
 
+def build_vae(config: Config, device: torch.device) -> WanVAEWrapper:
+    """The VAE with the decoder and in the dtype that the config wants."""
+    dtype = resolve_dtype(config.dtype if config.vae_dtype == "auto" else config.vae_dtype, device)
+    return WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+
+
 def build_pipeline(
     config: Config, device: torch.device | str | None = None, generator: WanDiffusionWrapper | None = None
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
@@ -54,11 +65,28 @@ def build_pipeline(
     dtype = resolve_dtype(config.dtype, device)
     generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
-    vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+    vae = build_vae(config, device)
     clip = None
     if generator.model.config.model_type == "i2v":
         clip = CLIPModel(config.model_name, device=device, dtype=dtype)
     return assemble_pipeline(config, generator, text_encoder, vae, clip)
+
+
+def build_teacache(config: Config) -> TeaCache | None:
+    """What teacache says, with the model folder's calibration (scripts/calibrate_teacache.py) or the published one."""
+    if not config.teacache:
+        return None
+    folder = find_model_folder(config.model_name)
+    name = Path(config.model_name).name
+    return TeaCache(load_coefficients(folder / TEACACHE_FILE, name, weights_fingerprint(config)), config.teacache)
+
+
+def weights_fingerprint(config: Config) -> str:
+    """What tells a run's transformer from another."""
+    if config.generator_ckpt:
+        return fingerprint(config.generator_ckpt)
+    folder = find_model_folder(config.model_name)
+    return fingerprint(*sorted(folder.glob("diffusion_pytorch_model*.safetensors")))
 
 
 def assemble_pipeline(
@@ -71,6 +99,7 @@ def assemble_pipeline(
     """The pipeline a config asks for, of parts that are there already: trainers sample with what they train."""
     sampling = {
         "clip": clip,
+        "teacache": build_teacache(config),
         "guidance_scale": config.guidance_scale,
         "negative_prompt": config.negative_prompt,
         "solver": config.solver,

@@ -12,8 +12,10 @@ from pipeline.image import ImageCondition, choose_image_mode, encode_image
 from pipeline.pose import DrivingPose, PoseSteering, load_pose_networks, prepare_drawings
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
+from pipeline.teacache import TeaCache
 from utils.conditioning import Conditioning
 from utils.memory import available, pass_bytes
+from utils.solvers import make_solver
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
 from wan.modules.lora import merge_lora
@@ -36,6 +38,8 @@ class CausalDiffusionInferencePipeline:
     GPU idle, for twice a pass's memory. kv_cache_pos then holds both sides, the guided one first, and kv_cache_neg is
     None. "two": one after the other. "auto": together on a GPU that has the room.
 
+    teacache: leave out denoising steps that change little (many steps only).
+
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
 
@@ -57,6 +61,7 @@ class CausalDiffusionInferencePipeline:
         clean_context: bool = True,
         independent_first_frame: bool = False,
         guidance_passes: str = "auto",
+        teacache: TeaCache | None = None,
     ):
         self.generator = generator
         self.text_encoder = text_encoder
@@ -78,10 +83,16 @@ class CausalDiffusionInferencePipeline:
         self.kv_cache_ref: KVCache | None = None  # with a guidance of the pose's own: prompt and image, no pose
         self.dwpose_embedding: DWPoseEmbedding | None = None
         self.randomref_embedding_pose: RandomRefPoseEmbedding | None = None
+        self.teacache = teacache
+        self._plans: dict[tuple, tuple[bool, ...]] = {}
         self._streams = 0
         self.timesteps: list[float] | None = None
         if denoising_step_list:
             self.timesteps = few_step_times(denoising_step_list, generator.scheduler, warp=warp_denoising_step)
+            if teacache is not None:
+                raise ValueError(
+                    "teacache leaves out steps of a many-step model, a few-step one needs all; set it to 0"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -423,6 +434,18 @@ class CausalDiffusionInferencePipeline:
         """Denoising steps of a block."""
         return self.sampling_steps if self.timesteps is None else len(self.timesteps)
 
+    def _steps_computed(self, skip: int) -> tuple[bool, ...] | None:
+        """TeaCache's plan of the steps after `skip`; it is the same for every block."""
+        if self.teacache is None:
+            return None
+        schedule = (self.solver, self.sampling_steps, self.generator.scheduler.shift)
+        key = (self.teacache, *schedule, skip)
+        plan = self._plans.get(key)
+        if plan is None:
+            timesteps = make_solver(*schedule, "cpu").timesteps[skip:]
+            plan = self._plans[key] = self.teacache.plan(self.generator.model, timesteps)
+        return plan
+
     def sample_block(
         self,
         noise: Tensor,
@@ -447,7 +470,7 @@ class CausalDiffusionInferencePipeline:
                     return steering.sees(skip + call, self.num_steps)
 
         scales = [*scales, self.guidance_scale][: max(1, sum(path.sides for path in paths) - 1)]
-        denoise = guided(self.generator, paths, block, scales, sees_pose)
+        denoise = guided(self.generator, paths, block, scales, self._steps_computed(skip), sees_pose)
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw, start=after, skip=skip)
         shift = self.generator.scheduler.shift

@@ -12,6 +12,7 @@ from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.kv_cache import KVCache
 from wan.modules.masks import block_starts
+from wan.modules.model import Shortcut
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,22 @@ SampleBlock = Callable[[FrameBlock, list[Path]], Tensor]
 
 
 def denoise_path(
-    generator: WanDiffusionWrapper, path: Path, block: FrameBlock, x: Tensor, t: Tensor | float
+    generator: WanDiffusionWrapper,
+    path: Path,
+    block: FrameBlock,
+    x: Tensor,
+    t: Tensor | float,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Flow and x0 [sides * B, f, C, H, W] of a block [B, f, C, H, W] at one time t, in the path's context.
 
-    Moves nothing.
+    Moves nothing. shortcut: WanModel.forward's.
     """
     x = x.repeat(path.sides, 1, 1, 1, 1)
     timestep = torch.zeros(x.shape[:2], device=x.device) + t  # no copy of a number: it would wait for the device
-    return generator(x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache)
+    return generator(
+        x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache, shortcut=shortcut
+    )
 
 
 def guided(
@@ -97,20 +105,31 @@ def guided(
     paths: list[Path],
     block: FrameBlock,
     guidance_scale: float | Sequence[float] = 1.0,
+    computed: Sequence[bool] | None = None,
     sees_pose: Callable[[int], bool] | None = None,
 ) -> Denoise:
     """What a sampler sees of one block: the first side's prediction, guided away from those of the others.
 
-    guidance_scale: one number, or one for each side but the last, see `guide_in_turn`. sees_pose: whether the n-th call
-    (the n-th denoising step) sees the pose; None: all do.
+    guidance_scale: one number, or one for each side but the last, see `guide_in_turn`. computed: for every call in
+    turn, whether the blocks are run, or add what they last added (pipeline.teacache). sees_pose: whether the n-th call
+    sees the pose (None: all do); where that changes, the blocks are run.
     """
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
-    steps = count()
+    shortcuts = [None if computed is None else Shortcut() for _ in paths]
+    steps, blind = count(), [path.without_pose() for path in paths]
+    saw = None
 
     def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        step = next(steps)
-        walked = paths if sees_pose is None or sees_pose(step) else [path.without_pose() for path in paths]
-        predictions = [denoise_path(generator, path, block, x, t) for path in walked]
+        nonlocal saw
+        step, seen = next(steps), saw
+        saw = sees_pose is None or sees_pose(step)
+        if computed is not None:
+            for shortcut in shortcuts:
+                shortcut.reuse = not computed[step] and saw == seen
+        predictions = [
+            denoise_path(generator, path, block, x, t, shortcut)
+            for path, shortcut in zip(paths if saw else blind, shortcuts, strict=True)
+        ]
         flows = [flow for path, (flow, _) in zip(paths, predictions, strict=True) for flow in flow.chunk(path.sides)]
         if len(flows) == 1:
             return predictions[0]

@@ -143,7 +143,7 @@ def test_every_trainer_that_a_config_may_name_is_there():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config_path", "configs/puppet_vae.yaml", "trainer=gna"], "expected one of ['vae', 'text', 'diffusion', "),
+        (["--config_path", "configs/puppet_vae.yaml", "trainer=gna"], "expected one of ['vae', 'tiny_vae', 'text', "),
         (
             ["--config_path", "configs/puppet_dmd.yaml", "distribution_loss=gan"],
             "expected one of ['dmd', 'sid', 'causvid']",

@@ -49,3 +49,16 @@ class ConsistencyTrainer(FewStepTrainer):
     def evaluate(self) -> dict[str, Tensor]:
         """Loss on held-out clips, beside the samples."""
         return self.held_out(self.objective.loss) | super().evaluate()
+
+    def step_flops(self) -> float:
+        """The student's pass, its average's, and the teacher's with and without words."""
+        own = self.clip_flops(self.model_config, is_causal=True, teacher_forcing=True)
+        teacher = self.objective.teacher
+        theirs = self.clip_flops(
+            teacher.model.config, is_causal=teacher.is_causal, teacher_forcing=teacher.is_causal
+        ) * (1 if self.objective.guidance_scale == 1 else 2)
+        return (self.learning_flops(own) + own + theirs) * self.config.batch_size * self.num_passes
+
+    def activation_bytes(self) -> int:
+        """Of the student's pass over a clip and its clean copy."""
+        return 2 * self.kept_bytes(self.model_config)

@@ -16,7 +16,7 @@ from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents
 from utils.scheduler import FlowMatchScheduler
-from utils.shards import Shards
+from utils.shards import Shards, read_about
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
 from utils.text_dataset import PuppetCaptions, TextDataset
 from utils.video_folder import ClipShape, about, encode_videos, scan_videos
@@ -124,7 +124,13 @@ class DataSource:
         if settings.kind == "ode_pairs":
             folder, dataset = Path(settings.path), ODEPairs
             weights = find_model_file(text_encoder_home(config), TEXT_ENCODER_FILES)
-            expected = trajectories_about(config, causal=config.teacher_forcing)
+            causal = read_about(folder, ODEPairs.kind)["causal_teacher"]
+            if causal != config.teacher_forcing:
+                raise ConfigError(
+                    f"{folder} holds trajectories of a {'causal' if causal else 'bidirectional'} teacher; "
+                    f"set teacher_forcing: {str(causal).lower()}"
+                )
+            expected = trajectories_about(config, causal=causal)
             expected["text_encoder"] = fingerprint(weights)  # words of another one mean something else
         else:
             folder, dataset = Path(settings.path) if settings.kind == "latents" else latent_cache(config), LatentFolder

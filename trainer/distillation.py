@@ -1,14 +1,11 @@
 """Score distillation: a few-step student learns from its own rollouts, judged by a teacher and a critic."""
 
-import torch
-
 from model.base import Player
 from model.causvid import NoisyClips
 from model.dmd import DMD
 from model.scores import Critic, Generate, ScorePair
 from model.sid import SiD
 from trainer.few_step import FewStepTrainer
-from trainer.plan import activation_bytes
 from trainer.work import DistillationWork
 
 
@@ -41,48 +38,30 @@ class ScoreDistillationTrainer(FewStepTrainer):
         student.every = settings.dfake_gen_update_ratio
         return [student, Player("critic", fake, self.critic.loss, is_critic=True)]
 
-    @property
-    def tokens_per_frame(self) -> int:
-        stride = self.vae.spatial_stride
-        return self.model_config.tokens_per_frame(self.config.height // stride, self.config.width // stride)
-
     def work(self) -> DistillationWork:
-        """What a step of rollouts costs; of long ones the longest."""
-        config, scores = self.config, self.objective.scores
-        pipeline = self.objective.generate.pipeline
-        window = config.model_kwargs.local_attn_size
-        return DistillationWork(
-            self.model_config,
+        scores = self.objective.scores
+        return self.rollout_work(
+            self.objective.generate.pipeline,
             scores.real.model.config,
             scores.fake.model.config,
-            blocks=pipeline.plan(config.num_training_frames),
-            tokens_per_frame=self.tokens_per_frame,
-            window=config.num_training_frames if window == -1 else window,
-            num_steps=len(pipeline.timesteps),
-            clean_context=config.clean_context,
             real_passes=1 if scores.real_guidance_scale == 1 else 2,
             fake_passes=1 if scores.fake_guidance_scale == 1 else 2,
-            through_scores=config.distribution_loss == "sid",
-            recomputation=config.gradient_checkpointing,
+            through_scores=self.config.distribution_loss == "sid",
         )
 
     def step_flops(self) -> float | None:
-        settings = self.config.distillation
-        longer = self.config.num_training_frames > settings.num_grad_frames
-        if self.config.distribution_loss == "causvid" or longer or settings.num_input_frames:
+        if self.config.distribution_loss == "causvid" or not self.work_is_counted:
             return None
         work, samples = self.work(), self.config.batch_size * self.num_passes
-        return samples * (work.mean_generator_step() / settings.dfake_gen_update_ratio + work.mean_critic_step())
+        every = self.config.distillation.dfake_gen_update_ratio
+        return samples * (work.mean_generator_step() / every + work.mean_critic_step())
 
     def activation_bytes(self) -> int:
         """Of a clip's passes with gradient, and the cache that its rollout reads."""
-        config, sizes = self.config, self.model_config
-        tokens = config.batch_size * config.num_training_frames * self.tokens_per_frame
-        kept = activation_bytes(sizes, tokens, checkpointing=config.gradient_checkpointing)
-        if config.distribution_loss == "causvid":
-            return kept * (2 if config.teacher_forcing else 1)
-        dtype = self.sharding.compute_dtype or torch.float32
-        return kept + 2 * sizes.num_layers * tokens * sizes.dim * dtype.itemsize
+        kept = self.kept_bytes(self.model_config)
+        if self.config.distribution_loss == "causvid":
+            return kept * (2 if self.config.teacher_forcing else 1)
+        return kept + self.cache_bytes
 
     def make_clips(self) -> Generate:
         """Real clips, noised and denoised once."""

@@ -14,6 +14,8 @@ from pipeline.samplers import few_step_times
 from pipeline.self_forcing_training import SelfForcingTrainingPipeline
 from trainer.data import text_encoder_home
 from trainer.latents import LatentTrainer
+from trainer.plan import activation_bytes
+from trainer.work import DistillationWork
 from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import Samples
@@ -158,6 +160,44 @@ class FewStepTrainer(LatentTrainer):
             num_input_frames=settings.num_input_frames,
             first_latent=self.first_latent,
         )
+
+    # --- what a step of rollouts takes ---
+
+    @property
+    def work_is_counted(self) -> bool:
+        """Nobody has counted rollouts that go on from given frames, or whose end alone is judged."""
+        settings = self.config.distillation
+        return self.config.num_training_frames <= settings.num_grad_frames and not settings.num_input_frames
+
+    def rollout_work(
+        self, pipeline: SelfForcingTrainingPipeline, real: WanConfig, fake: WanConfig, **passes
+    ) -> DistillationWork:
+        """passes: DistillationWork's numbers of the scores' passes. Of rollouts of many lengths the longest counts."""
+        config, window = self.config, self.config.model_kwargs.local_attn_size
+        return DistillationWork(
+            self.model_config,
+            real,
+            fake,
+            blocks=pipeline.plan(config.num_training_frames),
+            tokens_per_frame=self.tokens_per_frame,
+            window=config.num_training_frames if window == -1 else window,
+            num_steps=len(pipeline.timesteps),
+            clean_context=config.clean_context,
+            recomputation=config.gradient_checkpointing,
+            **passes,
+        )
+
+    def kept_bytes(self, sizes: WanConfig) -> int:
+        """What a pass of a network over whole clips keeps for its backward."""
+        tokens = self.config.batch_size * self.config.num_training_frames * self.tokens_per_frame
+        return activation_bytes(sizes, tokens, checkpointing=self.config.gradient_checkpointing)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of a rollout."""
+        tokens = self.config.batch_size * self.config.num_training_frames * self.tokens_per_frame
+        dtype = self.sharding.compute_dtype or torch.float32
+        return 2 * self.model_config.num_layers * tokens * self.model_config.dim * dtype.itemsize
 
     @torch.no_grad()
     def first_latent(self, clip: Tensor) -> Tensor:

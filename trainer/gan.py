@@ -3,6 +3,7 @@
 from model.base import Player
 from model.gan import GAN, Discriminator
 from trainer.few_step import FewStepTrainer
+from utils.flops import pass_flops
 from wan.modules.discriminator import DiscriminatorHead
 
 
@@ -41,3 +42,26 @@ class GANTrainer(FewStepTrainer):
         student = self.student(self.objective.generator_loss)
         student.every, student.start_step = settings.dfake_gen_update_ratio, gan.discriminator_warmup_steps
         return [student, Player("critic", discriminator, self.objective.critic_loss, is_critic=True)]
+
+    def step_flops(self) -> float | None:
+        """A rollout and the discriminator's passes: back to its input for the student, to its weights for itself."""
+        if not self.work_is_counted:
+            return None
+        config, gan, judge = self.config, self.config.gan, self.objective.discriminator.score.model.config
+        pipeline = self.objective.generate.pipeline
+        work = self.rollout_work(pipeline, judge, judge, real_passes=0, fake_passes=1, through_scores=True)
+        forward = pass_flops(judge, work.num_tokens)
+        student = work.mean_generator_step() + (forward if gan.relativistic else 0.0)
+        critic = work.mean_critic_step() + (self.num_judgements - 1) * self.learning_flops(forward)
+        samples = config.batch_size * self.num_passes
+        return samples * (student / config.distillation.dfake_gen_update_ratio + critic)
+
+    @property
+    def num_judgements(self) -> int:
+        """Passes of a discriminator step: the made clip, the real one, and a nudge of each whose slope counts."""
+        return 2 + (self.config.gan.r1_weight > 0) + (self.config.gan.r2_weight > 0)
+
+    def activation_bytes(self) -> int:
+        """Of a discriminator step, or of a rollout that is judged, whichever keeps more."""
+        judged = self.kept_bytes(self.objective.discriminator.score.model.config)
+        return max(self.num_judgements * judged, self.kept_bytes(self.model_config) + self.cache_bytes + judged)

@@ -19,7 +19,8 @@ from utils.conditioning import Conditioning
 from utils.config import ConfigError
 from utils.dataset import Samples, TrainingData
 from utils.distributed import Rngs, SampleRngs, barrier
-from utils.sharding import whole_state
+from utils.flops import pass_flops
+from utils.sharding import gathered, whole_state
 from utils.text_cache import TextEncoderFiles
 from utils.training_state import has_training_state
 from utils.video import contact_sheet, write_video
@@ -33,6 +34,7 @@ from wan.configs import (
     find_model_file,
     find_model_folder,
 )
+from wan.modules.masks import BlockCausalMask
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5, new_umt5, save_umt5
 from wan.modules.vae import load_vae
 from world.tokenizer import train_tokenizer
@@ -231,12 +233,33 @@ class LatentTrainer(Trainer):
             return words.prompt_embeds
         return encode(self.text_encoder, words.ids, words.mask)
 
+    # --- what a step takes ---
+
+    @property
+    def tokens_per_frame(self) -> int:
+        stride = self.vae.spatial_stride
+        return self.model_config.tokens_per_frame(self.config.height // stride, self.config.width // stride)
+
+    def clip_flops(self, sizes: WanConfig, *, is_causal: bool, teacher_forcing: bool = False) -> float:
+        """FLOPs of one pass over a training clip, under teacher forcing with its clean copy."""
+        config, frames = self.config, self.config.num_training_frames
+        tokens = frames * self.tokens_per_frame
+        if not is_causal:
+            return pass_flops(sizes, tokens)
+        block, first = config.num_frame_per_block, config.independent_first_frame
+        window, sink = config.model_kwargs.local_attn_size, config.model_kwargs.sink_size
+        mask = BlockCausalMask(frames, 1, block, window, sink, first, teacher_forcing)
+        seen = mask.frame_mask.sum(1).float().mean().item()
+        return pass_flops(sizes, mask.num_tokens * self.tokens_per_frame, seen * self.tokens_per_frame)
+
+    def learning_flops(self, forward: float) -> float:
+        """Of a pass that learns: forward, twice that backward, and forward again where blocks are recomputed."""
+        return forward * (4 if self.config.gradient_checkpointing else 3)
+
     def activation_bytes(self) -> int:
         """Of a pass over whole clips, clean ones beside them under teacher forcing."""
-        config, stride = self.config, self.vae.spatial_stride
-        per_frame = self.model_config.tokens_per_frame(config.height // stride, config.width // stride)
-        frames = config.num_training_frames * (2 if config.teacher_forcing else 1)
-        tokens = config.batch_size * frames * per_frame
+        config, tokens = self.config, self.config.num_training_frames * self.tokens_per_frame
+        tokens *= config.batch_size * (2 if config.teacher_forcing else 1)
         return activation_bytes(self.model_config, tokens, checkpointing=config.gradient_checkpointing)
 
     # --- how it is judged and handed over ---
@@ -280,7 +303,8 @@ class LatentTrainer(Trainer):
         prompts = self.source.sample_prompts(NUM_SAMPLES)
         vae = WanVAEWrapper(str(self.folder), device=self.device)
         pipeline = assemble_pipeline(config, self.generator, self.embed, vae)
-        with torch.compiler.set_stance("force_eager"):  # sampling has other shapes: compiling them costs more
+        # Sampling has other shapes: compiling them costs more.
+        with torch.compiler.set_stance("force_eager"), gathered(self.generator):
             videos = pipeline.inference(
                 text_prompts=prompts,
                 seeds=[config.seed + i for i in range(len(prompts))],

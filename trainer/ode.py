@@ -33,3 +33,8 @@ class ODETrainer(FewStepTrainer):
     def evaluate(self) -> dict[str, Tensor]:
         """Loss on held-out trajectories, beside the samples."""
         return self.held_out(self.objective.loss) | super().evaluate()
+
+    def step_flops(self) -> float:
+        config = self.config
+        forward = self.clip_flops(self.model_config, is_causal=True, teacher_forcing=config.teacher_forcing)
+        return self.learning_flops(forward) * config.batch_size * self.num_passes

@@ -237,6 +237,7 @@ class Config:
     guidance_passes: Literal["auto", "one", "two"] = "auto"  # one: both sides together; auto: on a GPU with room
     sampling_steps: int = 16
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    teacache: float = 0.0  # change per left-out denoising step that is put up with, e.g. 0.1; 0: every step is computed
     negative_prompt: str = ""
     image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
     strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
@@ -253,6 +254,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
     attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
     compile: bool = False
+    vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as dtype
     vae_decoder: Literal["full", "tiny"] = "full"  # tiny: the folder's taew2_1 makes the pictures, softer and faster
 
     # --- training ---
@@ -316,6 +318,8 @@ class Config:
         for name in ("timestep_shift", "fps", "sampling_steps", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.teacache < 0 or (self.teacache and self.denoising_step_list is not None):
+            raise ConfigError(f"teacache is {self.teacache}; it is 0 for few-step models and at least 0 for many steps")
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it lies in (0, 1]: little keeps the driving video")
         if self.total_batch_size is not None and self.total_batch_size % self.batch_size:

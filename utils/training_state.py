@@ -102,14 +102,21 @@ def state_folders(run_dir: str | Path) -> list[Path]:
 
 
 def _open_whole(folder: Path) -> StoredState:
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    for name, size in facts["files"].items():
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        files = facts.pop("files")
+    except (ValueError, KeyError) as error:
+        raise damaged(folder / FACTS, str(error)) from error
+    for name, size in files.items():
         file = folder / name
         if not file.is_file():
             raise damaged(folder, f"{name} is missing")
         if file.stat().st_size != size:
             raise damaged(file, f"{file.stat().st_size} bytes instead of {size}")
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle may raise anything
+        raise damaged(folder / ".metadata", f"{type(error).__name__}: {error}".splitlines()[0]) from error
     shapes = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in stored.items()

@@ -23,7 +23,7 @@ from wan.configs import (
 from wan.modules.causal_model import CausalWanModel
 from wan.modules.clip import load_clip_vision
 from wan.modules.kv_cache import KVCache
-from wan.modules.model import Features, WanModel
+from wan.modules.model import Features, Shortcut, WanModel
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5
 from wan.modules.tiny_vae import TinyVAE, load_tiny_vae
 from wan.modules.vae import VAECache, WanVAE, load_vae
@@ -89,12 +89,13 @@ class WanDiffusionWrapper(nn.Module):
         aug_t: Tensor | None = None,
         add_condition: Tensor | None = None,
         taps: Sequence[int] = (),
+        shortcut: Shortcut | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Features]:
         """Flow and x0, both [B, F, C, H, W] float32, of noisy latents [B, F, C, H, W] at timestep [B, F] in [0, 1000].
 
         conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]) and
-        aug_t are CausalWanModel.forward's; taps, which adds a third output, is WanModel.forward's. add_condition
-        overrides conditioning's pose.
+        aug_t are CausalWanModel.forward's; taps, which adds a third output, and shortcut are WanModel.forward's.
+        add_condition overrides conditioning's pose.
         """
         options = {"taps": taps} if taps else {}
         if self.is_causal:
@@ -103,6 +104,8 @@ class WanDiffusionWrapper(nn.Module):
                 "clean_x": None if clean_x is None else clean_x.transpose(1, 2),
                 "aug_t": aug_t,
             }
+        if shortcut is not None:
+            options["shortcut"] = shortcut
         out = self.model(
             noisy_image_or_video.transpose(1, 2),
             timestep,

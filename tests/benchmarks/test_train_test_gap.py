@@ -26,13 +26,13 @@ def test_the_whole_road(tmp_path: Path, tiny_model_folder: Path, monkeypatch):
     passes = [report["methods"][name]["passes_per_block"] for name in methods[1:3]]
     assert passes == [2 * (2 + 1), 4 + 1] and report["passes_ratio"] == 1.2
     rows = report["methods"]["teacher_forcing"]["horizons"]
-    assert list(rows) == ["0-11", "12-23"]
+    assert list(rows) == ["0-11"]
     assert all(figure["se"] is not None for row in rows.values() for figure in row.values())
-    truth = report["methods"]["ground_truth"]["horizons"]["12-23"]
-    assert truth["fwd"]["mean"] < rows["12-23"]["fwd"]["mean"]
+    truth = report["methods"]["ground_truth"]["horizons"]["0-11"]
+    assert truth["fwd"]["mean"] < rows["0-11"]["fwd"]["mean"]
     assert report["self_forcing_beats_teacher_forcing"] in (0, 1) and "student_accuracy_drop_points" in report
     assert (tmp_path / "docs" / "train_test_gap.png").stat().st_size > 2000
-    assert "| teacher forcing | 12-23 | 6 |" in (tmp_path / "docs" / "train_test_gap.md").read_text()
+    assert "| teacher forcing | 0-11 | 6 |" in (tmp_path / "docs" / "train_test_gap.md").read_text()
 
     def never(*arguments):
         raise AssertionError("measured already")

@@ -158,10 +158,10 @@ def test_the_unguided_side_sees_no_pose_and_the_clean_pass_does(posed, monkeypat
     seen = []
     original = walk.denoise_path
 
-    def spy(generator, path, block, x, t):
+    def spy(generator, path, block, x, t, shortcut=None):
         cache = next(name for name in ("pos", "neg", "ref") if path.kv_cache is getattr(pipeline, f"kv_cache_{name}"))
         seen.append((cache, float(torch.as_tensor(t)) == 0, path.conditioning.pose is not None))
-        return original(generator, path, block, x, t)
+        return original(generator, path, block, x, t, shortcut)
 
     monkeypatch.setattr(walk, "denoise_path", spy)
     run(pipeline, dance(21))
@@ -262,3 +262,21 @@ def test_a_pose_needs_weights(tiny_model_folder):
     settings = [f"model_name={tiny_model_folder}", "device=cpu", "denoising_step_list=[1000,500]"]
     with pytest.raises(ValueError, match="no pose weights are loaded"):
         run(build_pipeline(load_config(None, settings)), dance(5))
+
+
+def test_teacache_computes_where_the_pose_comes_or_goes(posed, monkeypatch):
+    pipeline = posed("denoising_step_list=null", "sampling_steps=4", "guidance_scale=1.0")
+    reused = []
+    original = walk.denoise_path
+
+    def spy(generator, path, block, x, t, shortcut=None):
+        reused.append(None if shortcut is None else shortcut.reuse)
+        return original(generator, path, block, x, t, shortcut)
+
+    monkeypatch.setattr(walk, "denoise_path", spy)
+    monkeypatch.setattr(pipeline, "_steps_computed", lambda skip: (True, False, False, True))
+    run(pipeline, dance(9), num_frames=3)
+    assert reused == [False, True, True, False]
+    reused.clear()
+    run(pipeline, dance(9), num_frames=3, pose_end=0.5)
+    assert reused == [False, True, False, False]

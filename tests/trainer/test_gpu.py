@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.trainer.toy import make_student
 from tests.trainer.two_networks import train, train_on
 from trainer.diffusion import DiffusionTrainer
+from trainer.distillation import ScoreDistillationTrainer
 from trainer.vae import VAETrainer
 from utils.config import load_config
 from utils.distributed import Ranks
@@ -53,6 +55,19 @@ def test_compiled_training_in_bfloat16(tmp_path: Path, monkeypatch):
     # Weights are drawn per device, so only the size of the loss is comparable.
     assert all(abs(a - b) < 0.5 for a, b in zip(gpu, cpu, strict=True))
     assert (tmp_path / "gpu" / "samples" / "step_000003.png").is_file()
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid", "causvid"])
+def test_distillation_in_bfloat16(loss: str, tmp_path: Path, folders, toy_sizes):
+    """From the same weights and the same numbers; only the precision differs, and the passes are checkpointed."""
+    settings = [f"distribution_loss={loss}", "gradient_checkpointing=true", "optimizer.lr=1e-5", "max_steps=2"]
+    for device in ("cuda", "cpu"):
+        ranks = Ranks(torch.device(device))
+        trainer = make_student(ScoreDistillationTrainer, tmp_path / device, folders, *settings, ranks=ranks)
+        trainer.train(save=False, visualize=False)
+    for key in ("student/grad_norm", "critic/loss", "critic/grad_norm"):
+        gpu, cpu = (losses(tmp_path / device, key) for device in ("cuda", "cpu"))
+        assert gpu == pytest.approx(cpu, rel=0.1), key
 
 
 @pytest.fixture

@@ -61,11 +61,11 @@ def test_pairs_that_are_not_this_runs(tmp_path: Path, folders, pairs):
         (["num_frame_per_block=2", "num_output_frames=20"], "was made with num_frame_per_block 3, this run has 2"),
         (["height=48", "width=48"], "was made with height 32, this run has 48"),
         (["num_training_frames=3"], "trajectories of 6 latent frames, training asks for 3"),
-        (["teacher_forcing=false"], "was made with causal_teacher True, this run has False"),
+        (["teacher_forcing=false"], "trajectories of a causal teacher; set teacher_forcing: true"),
     ):
         with pytest.raises(ValueError, match=words):
             train(tmp_path, folders, causal, "teacher_forcing=true", *settings)
-    with pytest.raises(ValueError, match="was made with causal_teacher False, this run has True"):
+    with pytest.raises(ValueError, match="trajectories of a bidirectional teacher; set teacher_forcing: false"):
         train(tmp_path, folders, bidirectional, "teacher_forcing=true")
     with pytest.raises(FileNotFoundError, match=r"nowhere holds no ode pairs .*how to make them"):
         train(tmp_path, folders, tmp_path / "nowhere", "teacher_forcing=true")

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.toy import SIZES, make
+from tests.trainer.toy import SIZES, make, make_student
+from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
+from trainer.gan import GANTrainer
+from trainer.ode import ODETrainer
 from trainer.plan import TrainingPlan, activation_bytes
 from utils.flops import pass_flops
 from wan.configs import WAN_CONFIGS
@@ -30,6 +33,30 @@ def test_flops_of_a_diffusion_step(tmp_path: Path, vae_folder: Path, toy_sizes):
         assert trainer.step_flops() == pytest.approx(forward * 4 * 4)
     trainer = make(DiffusionTrainer, tmp_path / "whole", vae_folder, "causal=false", "teacher_forcing=false")
     assert trainer.step_flops() == pytest.approx(pass_flops(SIZES, 6 * per_frame) * 3 * 2)
+
+
+def test_flops_of_few_step_recipes(tmp_path: Path, folders, pairs):
+    """Per clip: a student's pass with its backward, and its helpers' passes."""
+    samples, noisy, beside = 2, pass_flops(SIZES, 24, 18), pass_flops(SIZES, 48, 18)
+    ode = make_student(ODETrainer, tmp_path, folders, "data.kind=ode_pairs", f"data.path={pairs[0]}")
+    assert ode.step_flops() == pytest.approx(samples * 3 * beside)
+    ode.config.teacher_forcing = False
+    assert ode.step_flops() == pytest.approx(samples * 3 * noisy)
+    consistency = make_student(ConsistencyTrainer, tmp_path, folders, f"distillation.real_name={folders[0]}")
+    assert consistency.step_flops() == pytest.approx(samples * (3 + 1 + 2) * beside)
+    consistency = make_student(ConsistencyTrainer, tmp_path, folders, "consistency.causal_teacher=false")
+    assert consistency.step_flops() == pytest.approx(samples * (4 * beside + 2 * pass_flops(SIZES, 24)))
+
+
+def test_flops_of_a_gan_step(tmp_path: Path, folders):
+    gan = make_student(GANTrainer, tmp_path, folders, "gan.relativistic=false")
+    plain, judgement = gan.step_flops(), pass_flops(SIZES, 24)
+    gan.config.gan.r1_weight = 1.0
+    assert gan.step_flops() - plain == pytest.approx(2 * 3 * judgement)  # two samples, forward and backward
+    gan.config.gan.relativistic = True
+    assert gan.step_flops() - plain == pytest.approx(2 * (3 + 1 / 2) * judgement)  # the student's turn in every second
+    gan.config.num_training_frames = 42
+    assert gan.step_flops() is None
 
 
 def test_the_plan_tells_parts_and_time(tmp_path: Path, vae_folder: Path, toy_sizes, caplog):

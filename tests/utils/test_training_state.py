@@ -104,11 +104,12 @@ def test_damaged_whole_states_are_refused(harm: str, tmp_path: Path):
         load_training_state(tmp_path)
 
 
-def test_rotten_bytes_of_the_right_number_are_refused(tmp_path: Path):
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "facts.json"])
+def test_rotten_bytes_of_the_right_number_are_refused(name: str, tmp_path: Path):
     save_whole(tmp_path, make_state(1))
-    data = tmp_path / "training_state" / "step_00000001" / "__0_0.distcp"
+    data = tmp_path / "training_state" / "step_00000001" / name
     data.write_bytes(bytes(data.stat().st_size))
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is damaged .*; delete .*step_00000001 to resume"):
         load_training_state(tmp_path)
 
 

@@ -7,7 +7,7 @@ from ..configs import WanConfig
 from .attention import attention, masked_attention
 from .kv_cache import KVCache, KVContext
 from .masks import BlockCausalMask, check_window
-from .model import Attend, WanModel
+from .model import Attend, Shortcut, WanModel
 from .rope import apply_rope, rope_frequencies
 
 ROPE_BASES = ("absolute", "window")
@@ -60,6 +60,7 @@ class CausalWanModel(WanModel):
         clean_x: Tensor | None = None,
         aug_t: Tensor | None = None,
         add_condition: Tensor | None = None,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:
         """Flow [B, out_dim, F, H, W] of noisy latents x [B, C, F, H, W] at times t [B, F] in [0, 1000].
 
@@ -67,13 +68,15 @@ class CausalWanModel(WanModel):
         the caller commits. clean_x [B, C, F, H, W]: clean latents for teacher forcing, at times aug_t [B, F] (default
         0). The other arguments are WanModel.forward's.
         """
+        if shortcut is not None and kv_cache is None:
+            raise ValueError("a shortcut belongs to the steps of a stream's block; give kv_cache, too")
         if kv_cache is not None and clean_x is not None:
             raise ValueError("kv_cache and clean_x exclude each other: a stream's past is in the cache")
         tokens, grid = self.embed(x, y, add_condition)
         t = self.frame_times(t, grid[0])
         if kv_cache is not None:
             attend = self._attend_cached(kv_cache, kv_cache.context(grid[0]), grid)
-            return self.run(tokens, t, context, clip_fea, attend, grid, kv_cache)
+            return self.run(tokens, t, context, clip_fea, attend, grid, kv_cache, shortcut=shortcut)
         if clean_x is not None:
             clean_tokens, _ = self.embed(clean_x, y, add_condition)
             tokens = torch.cat([clean_tokens, tokens], dim=1)

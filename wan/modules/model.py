@@ -5,7 +5,7 @@ D head size, T text tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Self
@@ -192,6 +192,14 @@ class Features(NamedTuple):
     time: Tensor  # [B, F, dim] time embedding, float32
 
 
+@dataclass(eq=False)
+class Shortcut:
+    """What all blocks together added to the tokens of a pass; with `reuse` the next pass adds it, without blocks."""
+
+    reuse: bool = False
+    added: Tensor | None = None  # [B, L, dim]
+
+
 class WanModel(nn.Module):
     """Bidirectional Wan2.1 transformer (arXiv 2503.20314): predicts the flow eps - x0 of a noisy latent clip.
 
@@ -254,12 +262,14 @@ class WanModel(nn.Module):
         *,
         add_condition: Tensor | None = None,
         taps: Sequence[int] = (),
+        shortcut: Shortcut | None = None,
     ) -> Tensor | tuple[Tensor, Features]:
         """Flow of a whole clip; every token sees every token.
 
         x [B, C, F, H, W]; t [B] or [B, F] in [0, 1000]; context [B, <=T, text_dim] (padded with zeros to text_len,
         padding is attended to); clip_fea [B, 257, clip_dim] and y [B, in_dim - C, F, H, W] for i2v; add_condition [B,
         L, pose_dim]. Returns [B, out_dim, F, H, W]; with taps (blocks, counted from 0) also the features after them.
+        shortcut: filled, or used in place of the blocks.
         """
         tokens, grid = self.embed(x, y, add_condition)
         rope = rope_frequencies(self.config.head_dim, range(grid[0]), *grid[1:], device=x.device)
@@ -267,7 +277,9 @@ class WanModel(nn.Module):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(apply_rope(q, rope), apply_rope(k, rope), v, self.attention_backend)
 
-        return self.run(tokens, self.frame_times(t, grid[0]), context, clip_fea, attend, grid, taps=taps)
+        return self.run(
+            tokens, self.frame_times(t, grid[0]), context, clip_fea, attend, grid, taps=taps, shortcut=shortcut
+        )
 
     def embed(self, x: Tensor, y: Tensor | None, add_condition: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
         """Patches as tokens [B, L, dim], and their grid (F, rows, columns)."""
@@ -352,6 +364,7 @@ class WanModel(nn.Module):
         kv_cache=None,
         num_head_frames: int | None = None,
         taps: Sequence[int] = (),
+        shortcut: Shortcut | None = None,
     ) -> Tensor | tuple[Tensor, Features]:
         """All blocks and the head on embedded tokens [B, L, dim]; t [B, frames of the token sequence].
 
@@ -360,6 +373,31 @@ class WanModel(nn.Module):
         """
         time, modulation = self.embed_time(t)
         tapped: list[Tensor] = []
+        if shortcut is not None and shortcut.reuse:
+            tokens = tokens + shortcut.added
+        else:
+            before = None if shortcut is None else tokens
+            tokens = self.run_blocks(tokens, modulation, context, clip_fea, attend, kv_cache, taps, tapped)
+            if shortcut is not None:
+                shortcut.added = tokens - before
+        frames = num_head_frames or grid[0]
+        num_tokens = frames * grid[1] * grid[2]
+        patches = self.head(tokens[:, -num_tokens:], time[:, -frames:])
+        flow = self.unpatchify(patches, (frames, *grid[1:]))
+        return (flow, Features(tapped, time)) if taps else flow
+
+    def run_blocks(
+        self,
+        tokens: Tensor,
+        modulation: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None,
+        attend: Attend,
+        kv_cache,
+        taps: Sequence[int],
+        tapped: list[Tensor],
+    ) -> Tensor:
+        """Tokens [B, L, dim] after all blocks; those after every tapped one are appended to `tapped`."""
         remember = kv_cache if not torch.is_grad_enabled() else None
         text = image = None  # embedded when a layer first asks
         if remember is None or remember.text[0] is None:
@@ -376,11 +414,7 @@ class WanModel(nn.Module):
             else:
                 tokens = block(*arguments)
             tapped += [tokens] * taps.count(layer)
-        frames = num_head_frames or grid[0]
-        num_tokens = frames * grid[1] * grid[2]
-        patches = self.head(tokens[:, -num_tokens:], time[:, -frames:])
-        flow = self.unpatchify(patches, (frames, *grid[1:]))
-        return (flow, Features(tapped, time)) if taps else flow
+        return tokens
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, F*h*w, prod(patch) * C] -> [B, C, F*pf, h*ph, w*pw]; in a patch the channel varies fastest."""
