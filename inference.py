@@ -345,6 +345,7 @@ def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
         num_frame_per_block=config.num_frame_per_block if config.causal else num_frames,
         text_encoder=pipeline.text_encoder.model,
         offload_text_encoder=pipeline.text_encoder.offload,
+        clip=pipeline.clip,
         vae=pipeline.vae,
         vae_dim=pipeline.vae.decoder.outer_channels,
         vae_patch_size=pipeline.vae.decoder.patch_size,

@@ -10,6 +10,7 @@ that warms up; of several repeats the fastest counts, and all are in the JSON.
 - transformer: denoising and remembering, no decoding
 - with VAE: pixels in the device's memory
 - client: JPEG pictures in another thread's hands, counted from the request to the last picture
+- CPU seconds: of all threads, for a block with VAE; on a machine that others use, the figure that they disturb least
 - first frame: from the request to the first such picture, warm; cold: from loaded weights
 
 The error is that of latents and pixels against the eager float32 model with the full VAE, from the same noise.
@@ -27,7 +28,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks.stream_report import describe_machine, markdown, percentiles
 from demo import jpeg_html
-from pipeline.build import assemble_pipeline, build_generator, build_pipeline
+from pipeline.build import assemble_pipeline, build_generator, build_pipeline, build_vae
 from utils.config import ROOT, Config, load_config
 from utils.distributed import resolve_device, resolve_dtype
 from utils.flops import pass_flops
 from utils.video import to_uint8
-from utils.wan_wrapper import WanVAEWrapper
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.modules.tiny_vae import TinyVAE
@@ -84,8 +86,11 @@ def load(config: Config, device: torch.device, random_weights: bool):
     sizes = generator.model.config
     noise = torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0))
     embeds = noise.to(device, dtype)
-    vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
-    return assemble_pipeline(config, generator, lambda prompts: embeds.expand(len(prompts), -1, -1), vae)
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return embeds.expand(len(prompts), -1, -1)
+
+    return assemble_pipeline(config, generator, encode, build_vae(config, device))
 
 
 def now(device: torch.device) -> float:
@@ -94,14 +99,32 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(blocks: Iterator, device: torch.device) -> list[float]:
-    """Seconds of each block; the clock waits for the device after every one."""
-    last, seconds = now(device), []
+class Timed(NamedTuple):
+    """Of each block: wall-clock and CPU seconds, and bytes in use after it."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]
+    bytes: list[int]
+
+
+def timed(blocks: Iterator, device: torch.device) -> Timed:
+    """The clock waits for the device after every block."""
+    last, last_cpu, figures = now(device), time.process_time(), Timed([], [], [])
     for _ in blocks:
-        moment = now(device)
-        seconds.append(moment - last)
-        last = moment
-    return seconds
+        moment, cpu = now(device), time.process_time()
+        figures.seconds.append(moment - last)
+        figures.cpu_seconds.append(cpu - last_cpu)
+        figures.bytes.append(bytes_in_use(device))
+        last, last_cpu = moment, cpu
+    return figures
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """Tensors on the GPU, else the process in main memory (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else 0
 
 
 def client(stream: Iterator[Tensor]) -> list[float]:
@@ -152,8 +175,9 @@ class Stand:
     @torch.no_grad()
     def measure(self) -> dict:
         """One round of the four figures."""
-        transformer = timed(self.pipeline._walk(None, **self.options()), self.device)
-        with_vae = timed(self.pipeline.stream(**self.options()), self.device)
+        transformer = timed(self.pipeline._walk(None, **self.options()), self.device).seconds
+        stream = timed(self.pipeline.stream(**self.options()), self.device)
+        with_vae = stream.seconds
         arrivals = client(self.pipeline.stream(**self.options(self.config.num_output_frames)))
         clip = self.clip_blocks
         figures = {
@@ -161,6 +185,7 @@ class Stand:
             "fps_with_vae": self.pixel_frames(clip, first=True) / sum(with_vae[:clip]),
             "fps_client": len(arrivals) / arrivals[-1],
             "first_frame_s": arrivals[0],
+            "cpu_s_per_block": sum(stream.cpu_seconds) / len(with_vae),
             "block_transformer_s": percentiles(transformer[1:]),
             "block_with_vae_s": percentiles(with_vae[1:]),
         }
@@ -170,9 +195,7 @@ class Stand:
             figures["steady_fps_transformer"] = frames / sum(transformer[clip:])
             figures["steady_fps_with_vae"] = frames / sum(with_vae[clip:])
             figures["steady_block_with_vae_s"] = percentiles(with_vae[clip:])
-            tenth = max(1, steady // 10)
-            figures["steady_first_tenth_s"] = percentiles(with_vae[clip : clip + tenth])
-            figures["steady_last_tenth_s"] = percentiles(with_vae[-tenth:])
+            figures["steady_tenths"] = tenths(stream, clip)
         return figures
 
     def flops(self) -> dict:
@@ -197,7 +220,8 @@ class Stand:
 
 def reference_error(config: Config, stand: Stand, random_weights: bool) -> dict:
     """Latents and pixels of the measured pipeline against eager float32 with the full VAE, from the same noise."""
-    exact = replace(config, dtype="float32", attention_backend="sdpa", compile=False, vae_decoder="full")
+    plain = {"dtype": "float32", "vae_dtype": "auto", "vae_decoder": "full"}
+    exact = replace(config, **plain, attention_backend="sdpa", compile=False)
     options = stand.options(config.num_output_frames)
     pixels, latents = stand.pipeline.inference(**options, return_latents=True)
     reference = load(exact, stand.device, random_weights)
@@ -208,6 +232,20 @@ def reference_error(config: Config, stand: Stand, random_weights: bool) -> dict:
         "latents_largest": float(error.abs().max()),
         "pixels_psnr_db": float(-10 * torch.log10(pixel_error)) if pixel_error else None,  # None: equal
     }
+
+
+def tenths(stream: Timed, start: int) -> list[dict]:
+    """Median block time, mean CPU seconds and memory of each tenth of the blocks from `start` on."""
+    bounds = [start + (len(stream.seconds) - start) * i // 10 for i in range(11)]
+    return [
+        {
+            "p50": percentiles(stream.seconds[first:last])["p50"],
+            "cpu_s": sum(stream.cpu_seconds[first:last]) / (last - first),
+            "gb": max(stream.bytes[first:last]) / 1e9,
+        }
+        for first, last in pairwise(bounds)
+        if last > first
+    ]
 
 
 def best(rounds: Sequence[dict]) -> dict:
@@ -271,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "window": config.model_kwargs.local_attn_size,
         "sink": config.model_kwargs.sink_size,
         "vae_decoder": config.vae_decoder,
+        "vae_dtype": config.vae_dtype,
         "dtype": str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch."),
     }
     result = {"settings": settings, **run(config, arguments)}

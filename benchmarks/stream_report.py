@@ -16,12 +16,17 @@ ROWS = {  # title: (path into the JSON, format)
     "first frame, cold, s": ("cold_first_frame_s", "{:.2f}"),
     "block with VAE, p50, s": ("block_with_vae_s.p50", "{:.3f}"),
     "block with VAE, p99, s": ("block_with_vae_s.p99", "{:.3f}"),
+    "CPU seconds a block, with VAE": ("cpu_s_per_block", "{:.3f}"),
     "block, transformer, p50, s": ("block_transformer_s.p50", "{:.3f}"),
     "block, transformer, p99, s": ("block_transformer_s.p99", "{:.3f}"),
     "steady frames/s, transformer": ("steady_fps_transformer", "{:.1f}"),
     "steady frames/s, with VAE": ("steady_fps_with_vae", "{:.1f}"),
-    "steady block, first tenth, p50, s": ("steady_first_tenth_s.p50", "{:.3f}"),
-    "steady block, last tenth, p50, s": ("steady_last_tenth_s.p50", "{:.3f}"),
+    "steady block, first tenth, p50, s": ("steady_tenths.0.p50", "{:.3f}"),
+    "steady block, last tenth, p50, s": ("steady_tenths.-1.p50", "{:.3f}"),
+    "steady block, first tenth, CPU s": ("steady_tenths.0.cpu_s", "{:.4f}"),
+    "steady block, last tenth, CPU s": ("steady_tenths.-1.cpu_s", "{:.4f}"),
+    "memory in the first tenth, GB": ("steady_tenths.0.gb", "{:.3f}"),
+    "memory in the last tenth, GB": ("steady_tenths.-1.gb", "{:.3f}"),
     "peak memory, GB": ("peak_gb", "{:.2f}"),
     "KV cache, GB": ("kv_cache_gb", "{:.3f}"),
     "GFLOP a block, transformer": ("flops.transformer_block", "{:.1f}"),
@@ -68,8 +73,12 @@ def processor() -> str:
 
 
 def look_up(result: Mapping, path: str):
+    """What lies at a path like "flops.passes" or "steady_tenths.-1.gb"; None where nothing does."""
     for key in path.split("."):
-        result = result.get(key) if isinstance(result, Mapping) else None
+        if isinstance(result, Sequence):
+            result = result[int(key)]
+        else:
+            result = result.get(key) if isinstance(result, Mapping) else None
     return result
 
 

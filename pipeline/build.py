@@ -51,6 +51,12 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
     return generator.eval().requires_grad_(False)
 
 
+def build_vae(config: Config, device: torch.device) -> WanVAEWrapper:
+    """The VAE with the decoder and in the dtype that the config wants."""
+    dtype = resolve_dtype(config.dtype if config.vae_dtype == "auto" else config.vae_dtype, device)
+    return WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+
+
 def build_pipeline(
     config: Config, device: torch.device | str | None = None, generator: WanDiffusionWrapper | None = None
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
@@ -59,7 +65,7 @@ def build_pipeline(
     dtype = resolve_dtype(config.dtype, device)
     generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
-    vae = WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+    vae = build_vae(config, device)
     clip = None
     if generator.model.config.model_type == "i2v":
         clip = CLIPModel(config.model_name, device=device, dtype=dtype)

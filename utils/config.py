@@ -254,6 +254,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
     attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
     compile: bool = False
+    vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as dtype
     vae_decoder: Literal["full", "tiny"] = "full"  # tiny: the folder's taew2_1 makes the pictures, softer and faster
 
     # --- training ---

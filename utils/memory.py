@@ -53,6 +53,7 @@ def plan_inference(
     num_frame_per_block: int = 3,
     text_encoder: nn.Module | None = None,
     offload_text_encoder: bool = False,
+    clip: nn.Module | None = None,
     vae: nn.Module | None = None,
     vae_dim: int = 96,
     vae_patch_size: int = 1,
@@ -61,7 +62,7 @@ def plan_inference(
     """Memory of block-wise generation; exact for weights and caches, within about a third for what a pass holds.
 
     height, width: pixels. num_frames: latents of the whole video, None without end (needs a window). num_paths: 2 with
-    guidance. text_encoder, vae: the modules, on any device, meta included.
+    guidance. text_encoder, clip, vae: the modules, on any device, meta included.
 
     Decoding a chunk holds about six feature maps of `vae_dim` channels at full size.
     """
@@ -76,6 +77,8 @@ def plan_inference(
         "transformer": module_bytes(transformer, dtype),
         "KV cache": num_paths * 2 * config.num_layers * batch_size * frames * tokens_per_frame * config.dim * number,
     }
+    if clip is not None:
+        resident["CLIP"] = module_bytes(clip, dtype)
     if vae is not None:
         resident["VAE"] = module_bytes(vae, dtype)
     tokens = batch_size * min(num_frame_per_block, frames) * tokens_per_frame

@@ -25,6 +25,7 @@ def test_four_figures_an_error_and_a_report(tmp_path: Path, tiny_model_folder: P
     assert all(full[name] > 0 for name in (*FOUR, "cold_first_frame_s", "steady_fps_with_vae", "peak_gb"))
     assert full["fps_with_vae"] == max(figures["fps_with_vae"] for figures in full["rounds"])
     assert full["error"] == {"latents_relative": 0, "latents_largest": 0, "pixels_psnr_db": None}
+    assert [tenth["gb"] > 0 and tenth["cpu_s"] > 0 for tenth in full["steady_tenths"]] == [True] * 4
     assert full["flops"]["passes"] == 5 and full["flops"]["vae_block"] > 0
     tiny = run(tmp_path, tiny_model_folder, "tiny", "vae_decoder=tiny", "clean_context=false")
     assert tiny["flops"]["passes"] == 4 and tiny["flops"]["vae_block"] < full["flops"]["vae_block"]

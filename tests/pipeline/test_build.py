@@ -40,6 +40,15 @@ def test_a_setting_chooses_the_decoder(tiny_model_folder):
     assert not torch.equal(video, (full.vae.decode_to_pixel(latents) + 1) / 2)
 
 
+def test_the_vae_may_have_a_dtype_of_its_own(tiny_model_folder):
+    options = {"text_prompts": ["a puppet"], "seeds": [0], "num_frames": 3, "height": 32, "width": 32}
+    exact, coarse = build(tiny_model_folder), build(tiny_model_folder, "vae_dtype=bfloat16")
+    assert coarse.generator.model.dtype == torch.float32 and coarse.vae.model.conv2.weight.dtype == torch.bfloat16
+    (video, latents), (other, same) = (p.inference(**options, return_latents=True) for p in (exact, coarse))
+    assert torch.equal(latents, same)
+    assert 0 < (video - other).abs().max() < 0.05 and other.dtype == torch.float32
+
+
 def test_a_checkpoint_replaces_the_folders_weights(tiny_model_folder, tmp_path):
     plain = build(tiny_model_folder)
     weights = {f"model.{name}": tensor + 1 for name, tensor in plain.generator.model.state_dict().items()}

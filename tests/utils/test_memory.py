@@ -44,3 +44,9 @@ def test_an_offloaded_text_encoder_counts_only_while_it_reads():
 def test_endless_streams_need_a_window():
     with pytest.raises(ValueError, match="set model_kwargs.local_attn_size"):
         plan_inference(SMALL, height=64, width=32, num_frames=None)
+
+
+def test_an_image_tower_counts():
+    sizes = {"height": 32, "width": 32, "num_frames": 3}
+    plan = plan_inference(WAN_CONFIGS["puppet-tiny"], clip=torch.nn.Linear(10, 10), dtype=torch.float32, **sizes)
+    assert plan.resident["CLIP"] == 4 * 110
