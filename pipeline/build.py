@@ -68,7 +68,8 @@ def build_pipeline(
     vae = build_vae(config, device)
     clip = None
     if generator.model.config.model_type == "i2v":
-        clip = CLIPModel(config.model_name, device=device, dtype=dtype)
+        half = torch.float16 if dtype == torch.bfloat16 else dtype  # bfloat16 is too coarse for CLIP; Wan runs it so
+        clip = CLIPModel(config.model_name, device=device, dtype=half)
     return assemble_pipeline(config, generator, text_encoder, vae, clip)
 
 

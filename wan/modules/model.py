@@ -5,7 +5,7 @@ D head size, T text tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Self
@@ -321,15 +321,37 @@ class WanModel(nn.Module):
         return tokens, tuple(patches.shape[2:])
 
     def embed_pose(self, add_condition: Tensor, num_tokens: int) -> Tensor:
-        """Pose tokens [B, L, pose_dim] -> [B, L, dim]."""
+        """Pose tokens [B, L, pose_dim] -> [B, L, dim]; those of width dim have been projected already."""
         if not self.config.pose_dim:
-            raise ValueError("this model takes no add_condition (pose_dim is 0 in its config.json)")
-        if add_condition.shape[1:] != (num_tokens, self.config.pose_dim):
+            raise ValueError(
+                "this model takes no add_condition (pose_dim is 0 in its config.json); load pose weights first"
+            )
+        widths = (self.config.pose_dim, self.config.dim)
+        if add_condition.shape[1] != num_tokens or add_condition.shape[2] not in widths:
             raise ValueError(
                 f"add_condition has {tuple(add_condition.shape[1:])} (tokens, width), the video has "
                 f"{(num_tokens, self.config.pose_dim)}; give one pose token per video token"
             )
-        return self.pose_proj(add_condition.to(self.dtype))
+        add_condition = add_condition.to(self.dtype)
+        return self.pose_proj(add_condition) if add_condition.shape[2] == self.config.pose_dim else add_condition
+
+    def add_pose_proj(self, pose_dim: int) -> None:
+        """Let a model that was made without pose take tokens of this width.
+
+        pose_proj is Identity where they are as wide as the model's own (14B), else a Linear that begins at zero: until
+        it is trained, pose changes nothing.
+        """
+        if self.config.pose_dim:
+            if self.config.pose_dim != pose_dim:
+                raise ValueError(f"pose tokens of width {pose_dim} came, this model takes {self.config.pose_dim}")
+            return
+        self.config = replace(self.config, pose_dim=pose_dim)
+        self.pose_proj = nn.Identity()
+        if pose_dim != self.config.dim:
+            self.pose_proj = nn.Linear(pose_dim, self.config.dim, device=self.device, dtype=self.dtype)
+            nn.init.zeros_(self.pose_proj.weight)
+            nn.init.zeros_(self.pose_proj.bias)
+            self.pose_proj.train(self.training).requires_grad_(self.patch_embedding.weight.requires_grad)
 
     def frame_times(self, t: Tensor, num_frames: int) -> Tensor:
         """t [B] or [B, F] -> [B, F]."""
