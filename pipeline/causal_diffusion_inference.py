@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path as FilePath
 
 import torch
 from torch import Tensor
 
 from pipeline.driving import DrivingVideo, latents_for, skipped_steps, whole_blocks
 from pipeline.image import ImageCondition, choose_image_mode, encode_image
+from pipeline.pose import DrivingPose, PoseSteering, load_pose_networks, prepare_drawings
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
 from pipeline.teacache import TeaCache
@@ -16,6 +18,9 @@ from utils.memory import available, pass_bytes
 from utils.solvers import make_solver
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
+from wan.modules.lora import merge_lora
+from wan.modules.pose import DWPoseEmbedding, RandomRefPoseEmbedding, fold_pose_proj
+from wan.modules.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +80,9 @@ class CausalDiffusionInferencePipeline:
         self.guidance_passes = guidance_passes
         self.kv_cache_pos: KVCache | None = None
         self.kv_cache_neg: KVCache | None = None
+        self.kv_cache_ref: KVCache | None = None  # with a guidance of the pose's own: prompt and image, no pose
+        self.dwpose_embedding: DWPoseEmbedding | None = None
+        self.randomref_embedding_pose: RandomRefPoseEmbedding | None = None
         self.teacache = teacache
         self._plans: dict[tuple, tuple[bool, ...]] = {}
         self._streams = 0
@@ -101,6 +109,9 @@ class CausalDiffusionInferencePipeline:
         checkpoint can) the first frame, the image of an i2v model, or a reference that is remembered and not shown.
         video: one to make this one after, [B, F_px, 3, height, width] in [-1, 1] or an iterable of such pieces as they
         come; as many frames are made. strength in (0, 1]: the share of the denoising steps that is taken.
+        dwpose_data: drawings of a moving skeleton [B or 1, F_px, 3, h, w], uint8 or in [0, 1], or an iterable of such
+        pieces; a video without num_frames is as long. random_ref_dwpose [B or 1, 3, h, w]: the same of the image's own
+        pose. pose_strength, pose_start, pose_end, pose_lookahead, pose_guidance_scale: see PoseSteering.
         Raises ValueError for what does not fit, before anything is made.
         """
         for _, pixels in self._decoded(noise, text_prompts, **options):
@@ -114,7 +125,7 @@ class CausalDiffusionInferencePipeline:
 
         Arguments are `stream`'s; the video must have an end.
         """
-        if noise is None and options.get("num_frames") is None and options.get("video") is None:
+        if noise is None and all(options.get(name) is None for name in ("num_frames", "video", "dwpose_data")):
             raise ValueError("inference() needs num_frames or noise; use stream() for a video without end")
         latents, pixels = zip(*self._decoded(noise, text_prompts, **options), strict=True)
         video = torch.cat(pixels, dim=1)
@@ -147,6 +158,20 @@ class CausalDiffusionInferencePipeline:
         """
         return encode_image(self.generator, self.vae, self.clip, input_image, num_frames, ref_pose)
 
+    def load_pose_embedding_weights(self, path: str | FilePath) -> dict[str, int]:
+        """Both pose networks (and a trained pose_proj) from a checkpoint of many things; {network: tensors} found.
+
+        The networks' names are found anywhere in a key; a network's tensors must be all there and fit. A model without
+        pose is made to take it: see WanModel.add_pose_proj for what that is worth without training.
+        """
+        networks = load_pose_networks(path, self.generator.model, self.device)
+        self.dwpose_embedding, self.randomref_embedding_pose = networks.video, networks.reference
+        return networks.found
+
+    def load_unianimate_lora(self, path: str | FilePath, alpha: float = 1.0) -> dict[str, int]:
+        """Merge a checkpoint's LoRA into the generator; {module: rank}. See wan.modules.lora.merge_lora."""
+        return merge_lora(self.generator.model, read_tensors(path), alpha)
+
     def _walk(
         self,
         noise: Tensor | None,
@@ -157,6 +182,13 @@ class CausalDiffusionInferencePipeline:
         image_mode: str = "auto",
         video: Tensor | Iterable[Tensor] | None = None,
         strength: float = 0.6,
+        dwpose_data: Tensor | Iterable[Tensor] | None = None,
+        random_ref_dwpose: Tensor | None = None,
+        pose_strength: float = 1.0,
+        pose_start: float = 0.0,
+        pose_end: float = 1.0,
+        pose_lookahead: str = "exact",
+        pose_guidance_scale: float | None = None,
         seeds: Sequence[int] | None = None,
         num_frames: int | None = None,
         height: int | None = None,
@@ -172,7 +204,9 @@ class CausalDiffusionInferencePipeline:
             shape = tuple(noise.shape[2:])
         else:
             shape = latent_shape(self.generator, self.vae, height, width)
-        image = self._image_condition(input_image, image_mode, (batch, *shape))
+        steering = PoseSteering(pose_strength, pose_start, pose_end, pose_lookahead, pose_guidance_scale)
+        drawing = self._reference_drawing(random_ref_dwpose, input_image, (batch, *shape))
+        image = self._image_condition(input_image, image_mode, (batch, *shape), drawing)
         if image.given is not None:
             rest = [] if initial_latent is None else [initial_latent.to(image.given)]
             initial_latent = torch.cat([image.given, *rest], dim=1)
@@ -182,14 +216,16 @@ class CausalDiffusionInferencePipeline:
         elif num_frames is not None:
             num_frames += image.num_hidden
         driving, skip = None, 0
+        leader = dwpose_data if video is None else video
+        if num_frames is None and isinstance(leader, Tensor):
+            length = image.num_hidden + latents_for(leader.shape[1], self.vae.model.temporal_stride)
+            first = num_given or int(self.independent_first_frame)
+            num_frames = whole_blocks(length, (first, self.num_frame_per_block))
         if video is not None:
             skip = skipped_steps(self.num_steps, strength)
             stride = self.vae.model.spatial_stride
             driving = DrivingVideo(self.vae, video, (batch, shape[1] * stride, shape[2] * stride))
-            if num_frames is None and isinstance(video, Tensor):
-                length = image.num_hidden + latents_for(video.shape[1], self.vae.model.temporal_stride)
-                first = num_given or int(self.independent_first_frame)
-                num_frames = whole_blocks(length, (first, self.num_frame_per_block))
+        pose = self._driving_pose(dwpose_data, steering, (batch, *shape), num_frames, image, drawing)
         for name, tensor in (("noise", noise), ("initial_latent", initial_latent)):
             if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *shape):
                 raise ValueError(
@@ -202,7 +238,9 @@ class CausalDiffusionInferencePipeline:
             blocks = list(blocks)  # a length that does not split is refused here, before anything is made
         if driving is not None:
             blocks = driving.follow(blocks, image.num_hidden)
-        paths = self._paths(text_prompts, shape, num_frames, image)
+        elif pose is not None and num_frames is None:
+            blocks = pose.follow(blocks)
+        paths = self._paths(text_prompts, shape, num_frames, image, pose)
 
         def sample(block: FrameBlock, paths: list[Path]) -> Tensor:
             if noise is None:
@@ -210,7 +248,7 @@ class CausalDiffusionInferencePipeline:
             else:
                 start = noise[:, block.start - num_given : block.stop - num_given].float()
             after = None if driving is None else driving.latents.to(self.device)
-            return self.sample_block(start.to(self.device), block, paths, draw, after, skip)
+            return self.sample_block(start.to(self.device), block, paths, draw, after, skip, steering)
 
         if initial_latent is not None:
             initial_latent = initial_latent.to(self.device)
@@ -235,8 +273,66 @@ class CausalDiffusionInferencePipeline:
                     "a newer stream of the same pipeline took over its caches; make one pipeline per stream"
                 )
 
-    def _image_condition(self, images: Tensor | None, mode: str, shape: tuple[int, int, int, int]) -> ImageCondition:
-        """What the images put into a walk over latents [B, C, H, W]; ValueError where the model cannot take them so."""
+    def _pixel_size(self, shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """(B, height, width) of the pixels of latents [B, C, H, W]."""
+        stride = self.vae.model.spatial_stride
+        return shape[0], shape[2] * stride, shape[3] * stride
+
+    def _reference_drawing(
+        self, drawing: Tensor | None, images: Tensor | None, shape: tuple[int, int, int, int]
+    ) -> Tensor | None:
+        """The reference's skeleton as the networks take it, [B, 3, 1, height, width] in [0, 1]."""
+        if drawing is None:
+            return None
+        if images is None:
+            raise ValueError("random_ref_dwpose is the pose of a reference image; give input_image too")
+        batch, *size = self._pixel_size(shape)
+        if drawing.ndim != 4 or drawing.shape[1] != 3 or drawing.shape[0] not in (1, batch):
+            raise ValueError(f"random_ref_dwpose is {list(drawing.shape)}; [{batch}, 3, height, width] is needed")
+        return prepare_drawings(drawing[:, None], size).to(self.device).expand(batch, -1, -1, -1, -1)
+
+    def _driving_pose(
+        self,
+        drawings: Tensor | Iterable[Tensor] | None,
+        steering: PoseSteering,
+        shape: tuple[int, int, int, int],
+        num_frames: int | None,
+        image: ImageCondition,
+        drawing: Tensor | None,
+    ) -> DrivingPose | None:
+        """What brings the pose of a walk over num_frames latents; ValueError where there are no weights for it."""
+        if drawings is None:
+            return None
+        if self.dwpose_embedding is None:
+            raise ValueError(
+                "a pose came, but no pose weights are loaded; call load_pose_embedding_weights(path), or name them in "
+                "the config as pose_ckpt"
+            )
+        if steering.strength == 0:
+            return None
+        hidden = None
+        if image.num_hidden and drawing is not None:
+            hidden = self.dwpose_embedding.features(drawing)
+        if num_frames is not None:
+            num_frames = 1 + self.vae.model.temporal_stride * (num_frames - image.num_hidden - 1)
+        return DrivingPose(
+            self.dwpose_embedding,
+            fold_pose_proj(self.dwpose_embedding, self.generator.model.pose_proj),
+            drawings,
+            self._pixel_size(shape),
+            num_frames=num_frames,
+            steering=steering,
+            num_hidden=image.num_hidden,
+            hidden=hidden,
+        )
+
+    def _image_condition(
+        self, images: Tensor | None, mode: str, shape: tuple[int, int, int, int], drawing: Tensor | None = None
+    ) -> ImageCondition:
+        """What the images put into a walk over latents [B, C, H, W]; ValueError where the model cannot take them so.
+
+        drawing [B, 3, 1, height, width]: the image's own pose.
+        """
         model = self.generator.model
         if images is None:
             if model.config.model_type == "i2v":
@@ -253,7 +349,15 @@ class CausalDiffusionInferencePipeline:
         if mode == "concat":
             if windowed:
                 logger.warning("the image leaves the window of %d latents; sink_size=1 keeps it", model.local_attn_size)
-            return ImageCondition(**self.encode_image(images, None))
+            ref_pose = None
+            if drawing is not None:
+                if self.randomref_embedding_pose is None:
+                    raise ValueError(
+                        "random_ref_dwpose came, but no weights of randomref_embedding_pose are loaded; leave it out, "
+                        "or load a checkpoint that has them"
+                    )
+                ref_pose = self.randomref_embedding_pose(drawing[:, :, 0])
+            return ImageCondition(**self.encode_image(images, None, ref_pose))
         if mode == "ref_sink" and windowed:
             raise ValueError(
                 f"image_mode ref_sink keeps the reference in the attention sink, but sink_size is 0 in a window of "
@@ -268,20 +372,25 @@ class CausalDiffusionInferencePipeline:
         shape: tuple[int, int, int],
         num_frames: int | None,
         image: ImageCondition,
+        pose: DrivingPose | None = None,
     ) -> list[Path]:
-        """The guided path, and with guidance the unguided one."""
+        """The guided path, with a guidance of the pose's own the one without pose, and with guidance the unguided."""
         batch, guided = len(text_prompts), self.timesteps is None and self.guidance_scale != 1
-        together = guided and self._guides_in_one_pass(batch, shape, num_frames)
+        pose_guided = pose is not None and pose.steering.guidance_scale not in (None, 1)
+        together = guided and pose is None and self._guides_in_one_pass(batch, shape, num_frames)
         sides = 1 + together
-        self._prepare_caches(sides * batch, shape, num_frames, 1 + guided - together)
+        self._prepare_caches(sides * batch, shape, num_frames, guided and not together, pose_guided)
         embeds = self.text_encoder(text_prompts).to(self.device)
-        positive = Conditioning(embeds, image.clip_feature, image.y)
+        positive = Conditioning(embeds, image.clip_feature, image.y, pose)
+        paths = [Path(positive, self.kv_cache_pos)]
+        if pose_guided:
+            paths.append(Path(positive, self.kv_cache_ref).without_pose())
         if not guided:
-            return [Path(positive, self.kv_cache_pos)]
+            return paths
         negative = positive.negative(self.text_encoder([self.negative_prompt] * batch).to(self.device))
         if together:
             return [Path(positive.beside(negative), self.kv_cache_pos, sides)]
-        return [Path(positive, self.kv_cache_pos), Path(negative, self.kv_cache_neg)]
+        return [*paths, Path(negative, self.kv_cache_neg)]
 
     def _guides_in_one_pass(self, batch: int, shape: tuple[int, int, int], num_frames: int | None) -> bool:
         if self.guidance_passes != "auto" or self.device.type != "cuda":
@@ -294,18 +403,30 @@ class CausalDiffusionInferencePipeline:
             wanted += model.kv_cache_bytes(2 * batch, height, width, frames)
         return wanted < available(self.device)
 
-    def _prepare_caches(self, batch: int, shape: tuple[int, int, int], num_frames: int | None, num_paths: int) -> None:
-        """Empty caches for latents [batch, num_frames, *shape], in the old memory if it fits."""
+    def _prepare_caches(
+        self,
+        batch: int,
+        shape: tuple[int, int, int],
+        num_frames: int | None,
+        negative: bool = False,
+        without_pose: bool = False,
+    ) -> None:
+        """Empty caches for latents [batch, num_frames, *shape], in the old memory if it fits.
+
+        negative, without_pose: whether there are such sides, with a cache of their own.
+        """
         model, (_, height, width) = self.generator.model, shape
         wanted = (model.cache_capacity(num_frames), model.config.tokens_per_frame(height, width))
         if self.kv_cache_pos is None or not self.kv_cache_pos.fits(batch, *wanted, model.dtype, model.device):
-            self.kv_cache_pos = self.kv_cache_neg = None  # both have one shape; old memory goes before new comes
+            self.kv_cache_pos = self.kv_cache_neg = self.kv_cache_ref = None  # one shape; old memory goes before new
             self.kv_cache_pos = model.make_kv_cache(batch, height, width, num_frames)
-            sizes = self.kv_cache_pos.capacity, self.kv_cache_pos.num_bytes / 1e9, num_paths
+            sizes = self.kv_cache_pos.capacity, self.kv_cache_pos.num_bytes / 1e9, 1 + negative + without_pose
             logger.info("KV cache of %d latent frames: %.2f GB, times %d", *sizes)
-        if num_paths == 2 and self.kv_cache_neg is None:
+        if negative and self.kv_cache_neg is None:
             self.kv_cache_neg = model.make_kv_cache(batch, height, width, num_frames)
-        for cache in filter(None, (self.kv_cache_pos, self.kv_cache_neg)):
+        if without_pose and self.kv_cache_ref is None:
+            self.kv_cache_ref = model.make_kv_cache(batch, height, width, num_frames)
+        for cache in filter(None, (self.kv_cache_pos, self.kv_cache_neg, self.kv_cache_ref)):
             cache.reset()
 
     @property
@@ -333,12 +454,23 @@ class CausalDiffusionInferencePipeline:
         draw: SampleNoise,
         after: Tensor | None = None,
         skip: int = 0,
+        steering: PoseSteering | None = None,
     ) -> Tensor:
         """Clean latents of one block from its start noise [B, f, C, H, W] float32.
 
         after: latents to be changed rather than made up, from the noise level that `skip` steps leave.
         """
-        denoise = guided(self.generator, paths, block, self.guidance_scale, self._steps_computed(skip))
+        scales, sees_pose = [], None
+        if steering is not None:
+            if steering.guidance_scale not in (None, 1):
+                scales.append(steering.guidance_scale)
+            if (steering.start, steering.end) != (0, 1):
+
+                def sees_pose(call: int) -> bool:
+                    return steering.sees(skip + call, self.num_steps)
+
+        scales = [*scales, self.guidance_scale][: max(1, sum(path.sides for path in paths) - 1)]
+        denoise = guided(self.generator, paths, block, scales, self._steps_computed(skip), sees_pose)
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw, start=after, skip=skip)
         shift = self.generator.scheduler.shift

@@ -1,13 +1,13 @@
 """The walk of a video, block by block: the same for inference, live streams and training."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor
 
-from pipeline.samplers import Denoise, guide
+from pipeline.samplers import Denoise, guide_in_turn
 from utils.conditioning import Conditioning
 from utils.wan_wrapper import WanDiffusionWrapper
 from wan.modules.kv_cache import KVCache
@@ -72,6 +72,10 @@ class Path:
     kv_cache: KVCache | None
     sides: int = 1
 
+    def without_pose(self) -> "Path":
+        """The same memory, seen without the pose."""
+        return replace(self, conditioning=replace(self.conditioning, pose=None))
+
 
 # From one block's start to its clean latents: (block, paths) -> [B, f, C, H, W]. It may run with gradient.
 SampleBlock = Callable[[FrameBlock, list[Path]], Tensor]
@@ -100,29 +104,36 @@ def guided(
     generator: WanDiffusionWrapper,
     paths: list[Path],
     block: FrameBlock,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     computed: Sequence[bool] | None = None,
+    sees_pose: Callable[[int], bool] | None = None,
 ) -> Denoise:
-    """What a sampler sees of one block: the first side's prediction, guided away from the second's if there is one.
+    """What a sampler sees of one block: the first side's prediction, guided away from those of the others.
 
-    computed: for every call in turn, whether the blocks are run, or add what they last added (pipeline.teacache).
+    guidance_scale: one number, or one for each side but the last, see `guide_in_turn`. computed: for every call in
+    turn, whether the blocks are run, or add what they last added (pipeline.teacache). sees_pose: whether the n-th call
+    sees the pose (None: all do); where that changes, the blocks are run.
     """
+    scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
     shortcuts = [None if computed is None else Shortcut() for _ in paths]
-    plan = iter(computed or ())
+    steps, blind = count(), [path.without_pose() for path in paths]
+    saw = None
 
     def denoise(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        nonlocal saw
+        step, seen = next(steps), saw
+        saw = sees_pose is None or sees_pose(step)
         if computed is not None:
-            reuse = not next(plan)
             for shortcut in shortcuts:
-                shortcut.reuse = reuse
+                shortcut.reuse = not computed[step] and saw == seen
         predictions = [
             denoise_path(generator, path, block, x, t, shortcut)
-            for path, shortcut in zip(paths, shortcuts, strict=True)
+            for path, shortcut in zip(paths if saw else blind, shortcuts, strict=True)
         ]
         flows = [flow for path, (flow, _) in zip(paths, predictions, strict=True) for flow in flow.chunk(path.sides)]
         if len(flows) == 1:
             return predictions[0]
-        flow = guide(*flows, guidance_scale)
+        flow = guide_in_turn(flows, scales)
         return flow, generator.scheduler.flow_to_x0(flow, x, t)
 
     return denoise

@@ -4,6 +4,7 @@ Latents [B, f, C, H, W] float32; t a number or scalar tensor in [0, 1000].
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,6 +78,17 @@ def multi_step(
 def guide(positive: Tensor, negative: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): negative + w (positive - negative); w = 1 is no guidance."""
     return negative + guidance_scale * (positive - negative)
+
+
+def guide_in_turn(flows: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Guidance with a scale for each thing that was added (arXiv 2511.22940): flows from all of it down to nothing.
+
+    v = v_0 + w_1 (v_1 - v_0) + w_2 (v_2 - v_1) + ...; of two flows it is `guide`.
+    """
+    guided = flows[-1]
+    for (more, less), scale in zip(pairwise(flows), scales, strict=True):
+        guided = guided + scale * (more - less)
+    return guided
 
 
 class SampleNoise:

@@ -257,6 +257,9 @@ class Trainer(ABC):
             "samples_per_second": self.num_passes * self.config.batch_size * self.ranks.size / seconds_per_step,
             "progress": self.progress(),
         }
+        for learner in self.learners:
+            if learner.player.is_critic:
+                numbers[f"{learner.name}/lr"] = learning_rate(learner.settings, self.step, self.progress())
         if self.flops is not None:
             numbers["tflops_per_second"] = self.flops / seconds_per_step / 1e12
         if self.device.type == "cuda":

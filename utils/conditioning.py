@@ -1,10 +1,19 @@
 """All that steers generation, in one frozen object."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class FrameSource(Protocol):
+    """What brings a per-frame part while it is made, in place of a tensor of the whole video."""
+
+    def frames(self, start: int, stop: int) -> Tensor:
+        """[B, C, stop - start, h, w] of latent frames [start, stop)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,19 +26,18 @@ class Conditioning:
     prompt_embeds: Tensor  # [B, T, text_dim]
     clip_feature: Tensor | None = None  # [B, 257, clip_dim] image tokens (i2v)
     y: Tensor | None = None  # [B, 20, F, H, W] 4 mask + 16 image-latent channels (i2v); its last frame goes on for ever
-    pose: Tensor | None = None  # [B, pose_dim, F, H/2, W/2] pose features
+    pose: Tensor | FrameSource | None = None  # [B, pose_dim, F, H/2, W/2] features, or [B, dim, ...] for the tokens
 
     def frames(self, start: int, stop: int) -> "Conditioning":
         """The same for latent frames [start, stop)."""
-        return replace(
-            self,
-            y=None if self.y is None else hold_last(self.y, start, stop),
-            pose=None if self.pose is None else self.pose[:, :, start:stop],
-        )
+        pose = self.pose
+        if pose is not None:
+            pose = pose[:, :, start:stop] if isinstance(pose, Tensor) else pose.frames(start, stop)
+        return replace(self, y=None if self.y is None else hold_last(self.y, start, stop), pose=pose)
 
     @property
     def add_condition(self) -> Tensor | None:
-        """Pose as tokens [B, F * H/2 * W/2, pose_dim], in the order of the video's tokens."""
+        """Pose as tokens [B, F * H/2 * W/2, width], in the order of the video's tokens."""
         return None if self.pose is None else self.pose.flatten(2).transpose(1, 2)
 
     def beside(self, other: "Conditioning") -> "Conditioning":

@@ -178,7 +178,7 @@ def video_clips(
     """
     frames: list[Tensor] = []
     too_short = True
-    for picture in _frames_at(path, fps):
+    for picture in pictures_at(path, fps):
         frames.append(resize_cover(picture[None].to(device).float().div(255), height, width))
         if len(frames) == num_frames:
             yield torch.cat(frames)
@@ -206,7 +206,7 @@ def video_pieces(path: str | Path, fps: float, height: int, width: int, size: in
     Frames are `video_clips`'s; `video_length` counts them.
     """
     frames: list[Tensor] = []
-    for picture in _frames_at(path, fps):
+    for picture in pictures_at(path, fps):
         frames.append(resize_cover(picture[None].float().div(255), height, width).mul(2).sub(1))
         if len(frames) == size:
             yield torch.cat(frames)
@@ -215,7 +215,7 @@ def video_pieces(path: str | Path, fps: float, height: int, width: int, size: in
         yield torch.cat(frames)
 
 
-def _frames_at(path: str | Path, fps: float) -> Iterator[Tensor]:
+def pictures_at(path: str | Path, fps: float) -> Iterator[Tensor]:
     """uint8 `[3, H, W]`, upright: what is on screen at 0, 1 / fps, 2 / fps, ... until the video ends."""
     number, shown = 0, None
     for start, frame in _timed_frames(path):
@@ -264,7 +264,15 @@ def resize_cover(frames: Tensor, height: int, width: int) -> Tensor:
 def load_image(path: str | Path, height: int, width: int) -> Tensor:
     """An image file, scaled to cover height x width and centre-cropped, as `[3, H, W]` in [-1, 1].
 
-    HEIC photos need the package pillow-heif. Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError or ValueError.
+    """
+    return resize_cover(load_pixels(path)[None], height, width)[0].mul(2).sub(1)
+
+
+def load_pixels(path: str | Path) -> Tensor:
+    """An image file as it is, `[3, H, W]` in [0, 1]; HEIC photos need the package pillow-heif.
+
+    Raises FileNotFoundError or ValueError.
     """
     path = Path(path)
     if not path.is_file():
@@ -273,10 +281,9 @@ def load_image(path: str | Path, height: int, width: int) -> Tensor:
         _register_heic(path)
     try:
         with Image.open(path) as image:
-            pixels = pixels_of(image)
+            return pixels_of(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
-    return resize_cover(pixels[None], height, width)[0].mul(2).sub(1)
 
 
 def _is_heic(path: Path) -> bool:

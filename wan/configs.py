@@ -95,6 +95,7 @@ CLIP_FILES = (
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors",
 )
+POSE_FILES = ("pose_embedding.safetensors",)
 TOKENIZER_FOLDERS = ("tokenizer", "google/umt5-xxl")
 
 

@@ -17,24 +17,34 @@ PALETTE = (
     (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255),
     (255, 0, 170), (255, 0, 85), (170, 255, 255), (255, 255, 0),
 )  # fmt: skip
+FEET = ((13, 18), (10, 19))  # ankle to toes, the left one first: drawn where joints 18 and 19 are given
 LIMB_BRIGHTNESS = 0.6
 
 
-def draw_pose(joints: Tensor, size: int = CANVAS, *, stick_width: float | None = None) -> Tensor:
-    """Drawings [B, T, 3, size, size] in [0, 1] of joints [B, T, 18, 3] (x, y in px of the 128 canvas, visible).
+def draw_pose(
+    joints: Tensor,
+    size: int | tuple[int, int] = CANVAS,
+    *,
+    canvas: tuple[float, float] = (CANVAS, CANVAS),
+    stick_width: float | None = None,
+) -> Tensor:
+    """Drawings [B, T, 3, height, width] in [0, 1] of joints [B, T, 18 or 20, 3] (x, y in px of the canvas, visible).
+
+    size: (height, width), or one number for both; canvas: (height, width) that x and y are in.
 
     Limbs are ellipses, painted in order at 0.6 of their colour; then discs at the joints at full colour. Channels are
     reversed (limb 0 is blue): the published drawings went through a BGR writer, and the networks learned what came out.
     stick_width: half-width of limbs and radius of discs in output px; 4 px on a 512-px canvas, not below 1.75 px here.
     """
     joints = joints.to(torch.float32)
-    half = stick_width if stick_width is not None else max(4.0 * size / 512, 1.75)
-    points = joints[..., :2] * (size / CANVAS)
+    height, width = (size, size) if isinstance(size, int) else size
+    half = stick_width if stick_width is not None else max(4.0 * min(height, width) / 512, 1.75)
+    points = joints[..., :2] * joints.new_tensor([width / canvas[1], height / canvas[0]])
     visible = joints[..., 2] > 0.5
-    axis = torch.arange(size, device=joints.device, dtype=torch.float32) + 0.5
-    x, y = axis[None, None, None, :], axis[None, None, :, None]
+    columns, rows = (torch.arange(n, device=joints.device, dtype=torch.float32) + 0.5 for n in (width, height))
+    x, y = columns[None, None, None, :], rows[None, None, :, None]
     palette = torch.tensor(PALETTE, device=joints.device, dtype=torch.float32).flip(-1) / 255
-    image = points.new_zeros(*joints.shape[:2], 3, size, size)
+    image = points.new_zeros(*joints.shape[:2], 3, height, width)
 
     def over(image: Tensor, distance: Tensor, shown: Tensor, colour: Tensor) -> Tensor:
         coverage = (0.5 - distance).clamp(0, 1) * shown[:, :, None, None]
@@ -43,7 +53,8 @@ def draw_pose(joints: Tensor, size: int = CANVAS, *, stick_width: float | None =
     def at(values: Tensor) -> Tensor:
         return values[:, :, None, None]
 
-    for i, (start, end) in enumerate(LIMBS):
+    limbs = LIMBS + (FEET if joints.shape[2] > 18 else ())
+    for i, (start, end) in enumerate(limbs):
         a, b = points[:, :, start], points[:, :, end]
         middle, offset = (a + b) / 2, b - a
         length = offset.norm(dim=-1).clamp(min=1e-3)

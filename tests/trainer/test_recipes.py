@@ -23,7 +23,10 @@ RECIPES: dict[str, tuple[type[Trainer], list[str]]] = {
     "teacher forcing": (DiffusionTrainer, ["data.text_dropout=0.5"]),
     "ode": (ODETrainer, ["teacher_forcing=false", "data.kind=ode_pairs"]),
     "consistency": (ConsistencyTrainer, ["consistency.causal_teacher=false"]),
-    "gan": (GANTrainer, ["gan.r1_weight=0.1", "gan.r2_weight=0.1", "gan.denoising_weight=0.5", "gan.d_weight=1"]),
+    "gan": (
+        GANTrainer,
+        ["gan.r1_weight=0.1", "gan.r2_weight=0.1", "gan.r1_sigma=0.1", "gan.r2_sigma=0.1", "gan.denoising_weight=0.5"],
+    ),
 }
 
 
@@ -36,7 +39,11 @@ def models(folders, pairs) -> list[Path]:
 def make(name: str, folder: Path, models: list[Path], *overrides: str, where: Ranks = ALONE) -> Trainer:
     recipe, settings = RECIPES[name]
     settings = [*settings, f"data.path={models[2]}"] if name == "ode" else settings
-    return make_student(recipe, folder, tuple(models[:2]), *settings, *overrides, ranks=where)
+    trainer = make_student(recipe, folder, tuple(models[:2]), *settings, *overrides, ranks=where)
+    if name == "gan":  # a new head weighs nothing, so nothing before it would learn in the first step
+        generator = torch.Generator().manual_seed(0)
+        torch.nn.init.normal_(trainer.objective.discriminator.head._cls_pred_branch[-1].weight, generator=generator)
+    return trainer
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -67,15 +74,15 @@ def test_accumulated_passes_are_one_large_batch(name: str, tmp_path: Path, model
 
 def test_two_ranks_are_one_process(tmp_path: Path, models):
     """Replicated or sharded, each rank with half of the batch."""
-    done = ranks.run(__file__, 2, str(tmp_path), *map(str, models))
+    done = ranks.run(__file__, 2, str(tmp_path), *map(str, models), timeout=300)
     assert done.returncode == 0, done.stderr
     for name in RECIPES:
         on_drawn_data(name, tmp_path / name / "one", models, "batch_size=2")
-        for strategy in STRATEGIES:
+        for strategy in STRATEGIES[name]:
             same_gradients(state(tmp_path / name / "one"), state(tmp_path / name / strategy))
 
 
-STRATEGIES = ["no_shard", "full"]
+STRATEGIES = {name: ["no_shard", "full"] if name == "gan" else ["full"] for name in RECIPES}
 
 
 def on_drawn_data(name: str, folder: Path, models: list[Path], *overrides: str, where: Ranks = ALONE) -> None:
@@ -85,19 +92,21 @@ def on_drawn_data(name: str, folder: Path, models: list[Path], *overrides: str, 
 
 
 def same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """By Adam's first moments: it turns the rounding of tiny gradients into whole steps of weights."""
+    """By Adam's first moments, to a ten-thousandth of each tensor's largest: weights would hide it, as Adam turns the
+    rounding of tiny gradients into whole steps."""
     assert one.keys() == other.keys()
     moments = [key for key in one if "/exp_avg/" in key]
     assert moments
     for key in moments:
-        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        near = 1e-6 + 1e-4 * one[key].abs().max().item()
+        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=near, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def on_two_ranks(arguments: list[str]) -> None:
     where = init_distributed("cpu")
     home, *models = map(Path, arguments)
     for name in RECIPES:
-        for strategy in STRATEGIES:
+        for strategy in STRATEGIES[name]:
             options = ["batch_size=1", f"sharding_strategy={strategy}"]
             on_drawn_data(name, home / name / strategy, models, *options, where=where)
     shutdown()

@@ -41,6 +41,7 @@ def test_four_ranks_then_two_then_one_are_one_process(alone: Path, tmp_path: Pat
     for name in ("student/loss", "student/grad_norm", "critic/loss", "critic/grad_norm", "student/size"):
         found = [(line["step"], pytest.approx(line[name], rel=1e-3)) for line in expected if name in line]
         assert [(line["step"], line[name]) for line in numbers if name in line] == found
+    assert expected[0]["lr"] == 1e-2 and expected[0]["critic/lr"] == 1e-3
     assert numbers[-1]["eval/size"] == pytest.approx(expected[-1]["eval/size"], rel=1e-3)
 
 

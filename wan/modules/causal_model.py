@@ -8,7 +8,7 @@ from .attention import attention, masked_attention
 from .kv_cache import KVCache, KVContext
 from .masks import BlockCausalMask, check_window
 from .model import Attend, Shortcut, WanModel
-from .rope import apply_rope, rope_frequencies
+from .rope import rope_frequencies
 
 ROPE_BASES = ("absolute", "window")
 
@@ -103,7 +103,7 @@ class CausalWanModel(WanModel):
         rope = rope_frequencies(self.config.head_dim, frames, *grid[1:], device=device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return masked_attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)
+            return masked_attention(self.rotate(q, rope), self.rotate(k, rope), v, mask)
 
         return attend
 
@@ -114,8 +114,8 @@ class CausalWanModel(WanModel):
             rope = rope_frequencies(self.config.head_dim, frames, *grid[1:], device=device)
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                keys, values = past.extend(layer, apply_rope(k, rope), v)
-                return attention(apply_rope(q, rope), keys, values, backend)
+                keys, values = past.extend(layer, self.rotate(k, rope), v)
+                return attention(self.rotate(q, rope), keys, values, backend)
 
             return attend
 
@@ -127,7 +127,7 @@ class CausalWanModel(WanModel):
 
         def attend_in_window(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = past.extend(layer, k, v)
-            return attention(apply_rope(q, own_rope), apply_rope(keys, slab_rope), values, backend)
+            return attention(self.rotate(q, own_rope), self.rotate(keys, slab_rope), values, backend)
 
         return attend_in_window
 

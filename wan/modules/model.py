@@ -5,7 +5,7 @@ D head size, T text tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, Self
@@ -24,7 +24,7 @@ from .weights import load_weights, save_safetensors
 # Self-attention of one layer, rotary positions included: (layer, q, k, v), each [B, L, N, D] -> [B, L, N, D].
 # Blocks do not know whether there is a mask, a cache, or neither.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-MAX_GRAPHS = 64  # compiled forwards of a block: a walk's blocks see pasts of different lengths, with and without grad
+MAX_GRAPHS = 64  # of one compiled function: networks and lengths of a clip, with and without gradient
 Keys = tuple[Tensor, Tensor]  # keys and values of a prompt or an image, [B, T, N, D] each
 
 
@@ -81,9 +81,9 @@ class WanSelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
-        return self.o(attend(layer, q, k, v).flatten(2))
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, L, N, D]."""
+        return self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
 
 class WanCrossAttention(WanSelfAttention):
@@ -145,10 +145,28 @@ class WanAttentionBlock(nn.Module):
         backend: str,
     ) -> Tensor:
         """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: embedded [B, T, dim], or this layer's keys of it."""
+        q, k, v = self.before_attention(x, time)
+        return self.after_attention(x, time, attend(layer, q, k, v), text, image, backend)
+
+    def before_attention(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What every layer, pass and past has in common, and so one compiled graph; as `after_attention` is."""
+        shift, scale = (self.modulation[:, :2].float() + time[:, :, :2]).unbind(2)
+        return self.self_attn.project(modulate(self.norm1(x), shift, scale))
+
+    def after_attention(
+        self,
+        x: Tensor,
+        time: Tensor,
+        attended: Tensor,
+        text: Tensor | Keys,
+        image: Tensor | Keys | None,
+        backend: str,
+    ) -> Tensor:
+        """attended [B, L, N, D]: what self-attention found."""
         if isinstance(text, Tensor):
             text, image = self.cross_attn.prompt_keys(text, image)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).unbind(2)
-        x = gated(x, self.self_attn(modulate(self.norm1(x), shift1, scale1), layer, attend), gate1)
+        gate1, shift2, scale2, gate2 = (self.modulation[:, 2:].float() + time[:, :, 2:]).unbind(2)
+        x = gated(x, self.self_attn.o(attended.flatten(2)), gate1)
         x = x + self.cross_attn(self.norm3(x), text, image, backend)
         return gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
@@ -212,6 +230,7 @@ class WanModel(nn.Module):
         self.config = config
         self.attention_backend = attention_backend
         self.gradient_checkpointing = False
+        self.rotate = apply_rope  # compile_blocks compiles it too
         self.compute_device: torch.device | None = None  # set where weights compute elsewhere than they lie (sharding)
         self.compute_dtype: torch.dtype | None = None
         dim = config.dim
@@ -275,7 +294,7 @@ class WanModel(nn.Module):
         rope = rope_frequencies(self.config.head_dim, range(grid[0]), *grid[1:], device=x.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(apply_rope(q, rope), apply_rope(k, rope), v, self.attention_backend)
+            return attention(self.rotate(q, rope), self.rotate(k, rope), v, self.attention_backend)
 
         return self.run(
             tokens, self.frame_times(t, grid[0]), context, clip_fea, attend, grid, taps=taps, shortcut=shortcut
@@ -302,15 +321,37 @@ class WanModel(nn.Module):
         return tokens, tuple(patches.shape[2:])
 
     def embed_pose(self, add_condition: Tensor, num_tokens: int) -> Tensor:
-        """Pose tokens [B, L, pose_dim] -> [B, L, dim]."""
+        """Pose tokens [B, L, pose_dim] -> [B, L, dim]; those of width dim have been projected already."""
         if not self.config.pose_dim:
-            raise ValueError("this model takes no add_condition (pose_dim is 0 in its config.json)")
-        if add_condition.shape[1:] != (num_tokens, self.config.pose_dim):
+            raise ValueError(
+                "this model takes no add_condition (pose_dim is 0 in its config.json); load pose weights first"
+            )
+        widths = (self.config.pose_dim, self.config.dim)
+        if add_condition.shape[1] != num_tokens or add_condition.shape[2] not in widths:
             raise ValueError(
                 f"add_condition has {tuple(add_condition.shape[1:])} (tokens, width), the video has "
                 f"{(num_tokens, self.config.pose_dim)}; give one pose token per video token"
             )
-        return self.pose_proj(add_condition.to(self.dtype))
+        add_condition = add_condition.to(self.dtype)
+        return self.pose_proj(add_condition) if add_condition.shape[2] == self.config.pose_dim else add_condition
+
+    def add_pose_proj(self, pose_dim: int) -> None:
+        """Let a model that was made without pose take tokens of this width.
+
+        pose_proj is Identity where they are as wide as the model's own (14B), else a Linear that begins at zero: until
+        it is trained, pose changes nothing.
+        """
+        if self.config.pose_dim:
+            if self.config.pose_dim != pose_dim:
+                raise ValueError(f"pose tokens of width {pose_dim} came, this model takes {self.config.pose_dim}")
+            return
+        self.config = replace(self.config, pose_dim=pose_dim)
+        self.pose_proj = nn.Identity()
+        if pose_dim != self.config.dim:
+            self.pose_proj = nn.Linear(pose_dim, self.config.dim, device=self.device, dtype=self.dtype)
+            nn.init.zeros_(self.pose_proj.weight)
+            nn.init.zeros_(self.pose_proj.bias)
+            self.pose_proj.train(self.training).requires_grad_(self.patch_embedding.weight.requires_grad)
 
     def frame_times(self, t: Tensor, num_frames: int) -> Tensor:
         """t [B] or [B, F] -> [B, F]."""
@@ -433,16 +474,20 @@ class WanModel(nn.Module):
         save_safetensors(weights, folder / "diffusion_pytorch_model.safetensors", dtype)
 
     def compile_blocks(self, **kwargs) -> None:
-        """Compile the blocks (one graph for all layers); kwargs go to torch.compile. The state dict keeps its names.
+        """Compile what blocks do before and after self-attention; kwargs go to torch.compile. State dicts keep names.
 
-        Only what is inside a block is compiled: hooks around it, such as those that gather sharded weights, stay eager.
-        Every shape gets a graph of its own: a checkpointed block that is recomputed must find the graph it first ran,
-        and one that grew dynamic in between is another.
+        One pair of graphs serves all layers. Self-attention stays out of it: a layer's number, its place in a cache and
+        the length of the past would each make a graph of their own. So do hooks around a block, such as those that
+        gather sharded weights. Every shape has its graph, none grows dynamic: a checkpointed block that is recomputed
+        must find the graph that it first ran.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-        forward = torch.compile(WanAttentionBlock.forward, **{"dynamic": False, **kwargs})
-        for block in self.blocks:
-            block.forward = MethodType(forward, block)
+        options = {"dynamic": False, **kwargs}
+        for half in ("before_attention", "after_attention"):
+            compiled = torch.compile(getattr(WanAttentionBlock, half), **options)
+            for block in self.blocks:
+                setattr(block, half, MethodType(compiled, block))
+        self.rotate = torch.compile(apply_rope, **options)
 
 
 def remembered_keys(

@@ -1,5 +1,6 @@
 """The causal transformer against the golden vectors, and the equivalences that define it."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -311,3 +312,26 @@ def test_flex_attention_equals_its_dense_twin(monkeypatch):
         dense = model(x, t, context, clean_x=clean)
         flex = model.cuda()(x.cuda(), t.cuda(), context.cuda(), clean_x=clean.cuda())
     torch.testing.assert_close(flex.cpu(), dense, atol=2e-3, rtol=2e-3)  # flex multiplies in tf32
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_compiled_blocks_share_their_graphs_over_layers_and_pasts(layers: int):
+    """Without gradient a stream of three blocks, then a pass with one: a pair of graphs and a rotation each."""
+
+    def walk(model: CausalWanModel) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        cache, context = model.make_kv_cache(1, 4, 4, 4), torch.randn(1, 5, TOY.text_dim)
+        flows = []
+        for block in torch.randn(4, 1, TOY.in_dim, 1, 4, 4):
+            with torch.set_grad_enabled(len(flows) == 3):
+                flows.append(model(block, torch.full((1, 1), 500.0), context, kv_cache=cache))
+            cache.commit(1)
+        return flows
+
+    torch._dynamo.reset()
+    model, graphs = toy_model(config=replace(TOY, num_layers=layers), num_frame_per_block=1), []
+    expected = walk(model)
+    model.compile_blocks(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for found, flow in zip(walk(model), expected, strict=True):
+        torch.testing.assert_close(found, flow)
+    assert len(graphs) == 6

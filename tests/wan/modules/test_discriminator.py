@@ -48,6 +48,8 @@ def test_golden_logits_losses_and_gradients():
     fake, real = logits.chunk(2)
     loss = F.softplus(fake).mean() + F.softplus(-real).mean()
     torch.testing.assert_close(loss, golden["D_loss"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(F.softplus(-(real - fake)).mean(), golden["D_loss_relativistic"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(F.softplus(-fake).mean(), golden["G_loss"], atol=1e-5, rtol=1e-5)
     loss.backward()
     parameters = dict(head.named_parameters()) | {f"model.{name}": p for name, p in score.model.named_parameters()}
     for name, expected in below(golden, "grad").items():
