@@ -4,7 +4,8 @@
     python inference.py --prompt "a red puppet waves before a blue wall" --seed 7
     python inference.py --prompt "a red puppet waves" --input_image start.png
     python inference.py --prompt "a blue puppet waves" --video drive.mp4 --strength 0.7
-    python inference.py --data_path batch.jsonl                         # each line: prompt, image, video, seed
+    python inference.py --prompt "a man dances" --input_image man.png --pose dance.mp4 --pose_ckpt unianimate.ckpt
+    python inference.py --data_path batch.jsonl                         # each line: prompt, image, pose, video, seed
     python inference.py --config_path configs/self_forcing_dmd.yaml --data_path prompts/cinematic.txt --use_ema
     torchrun --nproc_per_node=8 inference.py --config_path configs/self_forcing_dmd.yaml ...
 
@@ -34,6 +35,7 @@ from utils.config import Config, config_hash, dump, load_config
 from utils.distributed import resolve_device
 from utils.errors import plain_errors
 from utils.memory import MemoryPlan, plan_inference
+from utils.pose.source import is_keypoints, open_pose, open_reference_pose
 from utils.prompts import Prompt, read_image_prompts, read_prompts, video_seed
 from utils.video import (
     VideoWriter,
@@ -50,6 +52,7 @@ DEFAULT_CONFIG = "configs/puppet_tiny.yaml"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "puppet_world.txt"
 TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # what torchrun sets, and what holds without it
 IMAGE_MODES = ("auto", "context", "concat", "ref_sink")
+FILE_FLAGS = {"image": "input_image", "video": "video", "pose": "pose", "ref_pose": "ref_pose"}
 CONTACT_SHEET_ROWS, CONTACT_SHEET_COLUMNS = 16, 6
 
 logger = logging.getLogger(__name__)
@@ -85,7 +88,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--data_path",
         type=Path,
-        help=".txt with one prompt per line; .jsonl or .csv with prompt, image, video, seed; --i2v: images + captions",
+        help=".txt with one prompt per line; .jsonl or .csv with columns prompt, image, ref_pose, pose, video, seed; "
+        "with --i2v: images + captions",
     )
     source.add_argument("--prompt", action="append", help="a prompt given here; may be repeated")
     add(
@@ -109,6 +113,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--video", type=Path, metavar="VIDEO", help="driving video for every prompt without its own: video to video")
     add("--strength", type=float, help="of the change to the driving video, in (0, 1] (default: 0.6)")
+    add("--pose", type=Path, help="what to follow: keypoints (.npz, .json), or a video or folder of drawn ones")
+    add("--ref_pose", type=Path, metavar="IMAGE", help="the skeleton of --input_image: drawn, or keypoints")
+    add("--pose_strength", type=float, help="factor on the pose, in [0, 2] (default: 1, as trained)")
+    add("--pose_ckpt", help="pose networks and LoRA: UniAnimate's checkpoint or one in its layout")
     add("--guidance_scale", type=float, help="how strongly many-step models follow words; 1: off, twice as fast")
     add("--save_with_index", action="store_true", help="name files <line>-<sample>_<regular|ema>.mp4, not by prompt")
     add("--overwrite", action="store_true", help="make videos again that exist already")
@@ -128,6 +136,8 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
         "device": arguments.device,
         "image_mode": arguments.image_mode,
         "strength": arguments.strength,
+        "pose_strength": arguments.pose_strength,
+        "pose_ckpt": arguments.pose_ckpt,
         "guidance_scale": arguments.guidance_scale,
     }
     config = replace(
@@ -153,11 +163,12 @@ def read_requested_prompts(arguments: argparse.Namespace) -> list[Prompt]:
         prompts = read_batch(arguments.data_path)
     else:
         prompts = read_prompts(arguments.data_path or DEFAULT_PROMPTS, arguments.extended_prompt_path)
-    for name in ("input_image", "video"):
-        if (path := getattr(arguments, name)) is not None and not path.is_file():
-            raise FileNotFoundError(f"no file at {path}, which --{name} names")
+    given = {name: getattr(arguments, flag) for name, flag in FILE_FLAGS.items()}
+    for name, path in given.items():
+        if path is not None and not (path.is_file() or (name == "pose" and path.is_dir())):
+            raise FileNotFoundError(f"no file at {path}, which --{FILE_FLAGS[name]} names")
     return [
-        replace(prompt, image=prompt.image or arguments.input_image, video=prompt.video or arguments.video)
+        replace(prompt, **{name: getattr(prompt, name) or path for name, path in given.items()})
         for prompt in prompts[: arguments.first]
     ]
 
@@ -221,7 +232,8 @@ def read_video_to_extend(path: Path, config: Config) -> Tensor:
 def count_latents(pipeline, prompt: Prompt, config: Config, asked: int | None, to_extend: Tensor | None) -> int:
     """Latents of one video in all.
 
-    As many blocks as without, after what is given; after a driving video as many as that has, if none are asked for.
+    As many blocks as without, after what is given; after a driving video or pose as many as that has, if none are asked
+    for.
     """
     from pipeline.driving import latents_for, whole_blocks
 
@@ -229,8 +241,12 @@ def count_latents(pipeline, prompt: Prompt, config: Config, asked: int | None, t
     is_first_frame = config.image_mode in ("auto", "context") and pipeline.clip is None
     given += int(prompt.image is not None and is_first_frame)
     first = given or int(config.independent_first_frame)
-    if prompt.video is not None and asked is None:
-        return whole_blocks(latents_for(video_length(prompt.video, config.fps), 4), (first, config.num_frame_per_block))
+    if asked is None and (prompt.video or prompt.pose):
+        if prompt.video:
+            num_pictures = video_length(prompt.video, config.fps)
+        else:
+            num_pictures = open_pose(prompt.pose, config.fps, (config.height, config.width)).num_frames
+        return whole_blocks(latents_for(num_pictures, 4), (first, config.num_frame_per_block))
     return config.num_output_frames + first - int(config.independent_first_frame)
 
 
@@ -241,7 +257,7 @@ def make_video(
 
     num_frames: latents in all, given ones included. to_extend: its beginning, `[1, 1 + 4 n, 3, H, W]` in [-1, 1].
     """
-    prompt, options = request.prompt, {}
+    prompt, size, options = request.prompt, (config.height, config.width), {}
     if to_extend is not None:
         options["initial_latent"] = pipeline.vae.encode_to_latent(to_extend)
     if prompt.image is not None:
@@ -250,6 +266,11 @@ def make_video(
     if prompt.video is not None:
         pieces = video_pieces(prompt.video, config.fps, config.height, config.width)
         options |= {"video": (piece[None] for piece in pieces), "strength": config.strength}
+    if prompt.pose is not None:
+        source = open_pose(prompt.pose, config.fps, size, config.pose_drawing, prompt.ref_pose)
+        options |= {"dwpose_data": (piece[None] for piece in source.pieces()), "pose_strength": config.pose_strength}
+    if prompt.ref_pose is not None and (prompt.image is not None or not is_keypoints(prompt.ref_pose)):
+        options["random_ref_dwpose"] = open_reference_pose(prompt.ref_pose, size, config.pose_drawing)[None]
     for pixels in pipeline.stream(
         text_prompts=[prompt.text],
         seeds=[request.seed],
@@ -293,6 +314,8 @@ def describe(request: Request, config: Config, writer: VideoWriter, seconds: flo
         "prompt": prompt.name,
         **({"extended_prompt": prompt.text} if prompt.text != prompt.name else {}),
         **({"image": str(prompt.image)} if prompt.image else {}),
+        **({"pose": str(prompt.pose), "pose_strength": config.pose_strength} if prompt.pose else {}),
+        **({"ref_pose": str(prompt.ref_pose)} if prompt.ref_pose else {}),
         **({"video": str(prompt.video), "strength": config.strength} if prompt.video else {}),
         "seed": config.seed if prompt.seed is None else prompt.seed,
         "sample": request.sample,
@@ -361,8 +384,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = resolve_config(arguments)
     prompts = read_requested_prompts(arguments)
     requests = plan_requests(arguments, config, prompts)
-    if not config.causal and any(prompt.video for prompt in prompts):
-        raise ValueError("a bidirectional model follows no driving video; set causal=true, or leave the video out")
+    if not config.causal and any(prompt.video or prompt.pose for prompt in prompts):
+        raise ValueError(
+            "a bidirectional model follows no driving video and no pose; set causal=true, or leave them out"
+        )
     if arguments.dry_run:
         print(dump(config), end="")
         print(f"# {len(requests)} videos into {arguments.output_folder}/, nothing was made")

@@ -16,6 +16,8 @@ from utils.distributed import resolve_device, resolve_dtype
 from utils.fingerprint import fingerprint
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 from wan.configs import find_model_folder
+from wan.modules.lora import find_lora
+from wan.modules.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 TEACACHE_FILE = "teacache.json"
@@ -70,7 +72,20 @@ def build_pipeline(
     if generator.model.config.model_type == "i2v":
         half = torch.float16 if dtype == torch.bfloat16 else dtype  # bfloat16 is too coarse for CLIP; Wan runs it so
         clip = CLIPModel(config.model_name, device=device, dtype=half)
-    return assemble_pipeline(config, generator, text_encoder, vae, clip)
+    pipeline = assemble_pipeline(config, generator, text_encoder, vae, clip)
+    if config.pose_ckpt:
+        load_pose(pipeline, config)
+    return pipeline
+
+
+def load_pose(pipeline: CausalDiffusionInferencePipeline, config: Config) -> None:
+    """What `pose_ckpt` holds: the pose networks, and its LoRA if it has one and the config wants it."""
+    pipeline.load_pose_embedding_weights(config.pose_ckpt)
+    if config.pose_lora and find_lora(read_tensors(config.pose_ckpt)):
+        try:
+            pipeline.load_unianimate_lora(config.pose_ckpt)
+        except ValueError as error:
+            raise ValueError(f"{config.pose_ckpt}: {error}; pose_lora=false loads the pose networks alone") from error
 
 
 def build_teacache(config: Config) -> TeaCache | None:

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 import inference
+from tests.pipeline.test_pose import synthetic_checkpoint
 from utils.config import config_hash, load_config
+from utils.pose.keypoints import save_keypoints
 from utils.video import read_video, write_video
 
 FRAMES = 9  # 3 latent frames, one block
@@ -209,13 +211,46 @@ def test_every_line_of_a_list_brings_its_own(run, tmp_path):
     assert videos(folder)[plain.name] == videos(alone.parent)[plain.name]
 
 
+def test_a_video_follows_a_pose(run, tiny_model_folder, tmp_path, capsys):
+    torch.save(synthetic_checkpoint(), tmp_path / "unianimate.ckpt")
+    (tmp_path / "dance").mkdir()
+    for index in range(10):
+        Image.new("RGB", (40, 30), (20 * index, 0, 200)).save(tmp_path / "dance" / f"{index:04d}.png")
+    arguments = ["--prompt", "words", "--pose", "dance", "--pose_ckpt", "unianimate.ckpt", "--pose_strength", "0.5"]
+    folder = run(*arguments)
+    assert metadata(folder)[0]["pose"] == "dance" and metadata(folder)[0]["pose_strength"] == 0.5
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "sampling_steps=2"]
+    assert inference.main([*arguments, *settings]) == 0
+    assert [len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")] == [21]  # whole blocks above 10
+    run(*arguments[:4], out="without", code=1)
+    assert "no pose weights are loaded" in capsys.readouterr().err
+    save_keypoints(tmp_path / "dance.npz", torch.rand(5, 18, 3) * 30 + 1, 32, 32, 16)
+    Image.new("RGB", (32, 32)).save(tmp_path / "man.png")
+    reference = ["--ref_pose", "dance.npz"]
+    for index, image in enumerate(([], ["--input_image", "man.png"])):  # without an image it only lends its proportions
+        folder = run(
+            "--prompt", "words", "--pose", "dance.npz", *arguments[4:6], *reference, *image, out=f"keys{index}"
+        )
+        assert metadata(folder)[0]["ref_pose"] == "dance.npz" and len(list(folder.glob("*.mp4"))) == 1
+    (tmp_path / "list.csv").write_text("prompt,pose,seed\nwords,dance,4\nother,,\n")
+    assert [record.get("pose") for record in metadata(run("--data_path", "list.csv", *arguments[4:], out="list"))] == [
+        "dance",
+        None,
+    ]
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["--prompt", "a", "--pose", "absent"], "no file at absent, which --pose names"),
+        (["--prompt", "a", "--pose_strength", "3"], "pose_strength is 3.0; it lies in [0, 2]"),
         (["--prompt", "a", "--input_image", "absent.png"], "no file at absent.png, which --input_image names"),
         (["--prompt", "a", "--video", "absent.mp4"], "no file at absent.mp4, which --video names"),
         (["--prompt", "a", "--strength", "0"], "strength is 0.0; it lies in (0, 1]"),
-        (["--prompt", "a", "--video", "drive.mp4", "causal=false"], "a bidirectional model follows no driving video"),
+        (
+            ["--prompt", "a", "--video", "drive.mp4", "causal=false"],
+            "a bidirectional model follows no driving video and no pose",
+        ),
     ],
 )
 def test_mistakes_in_control_are_sentences(run, tmp_path, capsys, argv, message):

@@ -1,4 +1,4 @@
-"""Lists of videos to make where every line brings its own words, image, driving video and seed: .jsonl or .csv."""
+"""Lists of videos to make where every line brings its own words, image, pose, video and seed: .jsonl or .csv."""
 
 import csv
 import difflib
@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.prompts import Prompt, read_text
 
-FILES = ("image", "video")  # columns that name a file, relative to the list
+FILES = ("image", "ref_pose", "pose", "video")  # columns that name a file (pose: or a folder), relative to the list
 COLUMNS = ("prompt", *FILES, "seed")
 BATCH_SUFFIXES = (".jsonl", ".csv")
 
@@ -19,6 +19,7 @@ def read_batch(path: str | Path) -> list[Prompt]:
 
         {"prompt": "a red puppet waves", "image": "start.png", "seed": 7}
         {"prompt": "a blue puppet", "video": "drive.mp4"}
+        {"prompt": "a green puppet", "image": "start.png", "ref_pose": "start_pose.png", "pose": "dance/"}
 
     or the same as columns of a CSV file, empty where a line has no such thing. Raises FileNotFoundError or ValueError
     with the line and what was expected there.
@@ -67,7 +68,7 @@ def _prompt(path: Path, number: int, record: dict[str, Any]) -> Prompt:
         raise ValueError(f"{where}: a line needs a prompt")
     files = {column: path.parent / given[column] for column in FILES if given.get(column)}
     for column, file in files.items():
-        if not file.is_file():
+        if not (file.is_file() or (column == "pose" and file.is_dir())):
             raise FileNotFoundError(f"{where}: no {column} at {file}")
     seed = given.get("seed") or None
     if seed is not None and not seed.isdecimal():

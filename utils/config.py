@@ -240,6 +240,10 @@ class Config:
     teacache: float = 0.0  # change per left-out denoising step that is put up with, e.g. 0.1; 0: every step is computed
     negative_prompt: str = ""
     image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
+    pose_ckpt: str | None = None  # pose networks (and LoRA): UniAnimate's checkpoint, or one in its layout
+    pose_lora: bool = True  # merge the LoRA of pose_ckpt, where it has one, into the generator
+    pose_drawing: Literal["legacy", "native"] = "legacy"  # of keypoint files: as UniAnimate's, or as trained here
+    pose_strength: float = 1.0  # factor on the pose, in [0, 2]; 1 is as trained
     strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
     # --- the video ---
@@ -320,6 +324,10 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.teacache < 0 or (self.teacache and self.denoising_step_list is not None):
             raise ConfigError(f"teacache is {self.teacache}; it is 0 for few-step models and at least 0 for many steps")
+        if not 0 <= self.pose_strength <= 2:
+            raise ConfigError(f"pose_strength is {self.pose_strength}; it lies in [0, 2]: 0 ignores the pose")
+        if self.pose_ckpt is not None and not self.causal:
+            raise ConfigError("causal is false but pose_ckpt is set; only a causal model follows a pose here")
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it lies in (0, 1]: little keeps the driving video")
         if self.total_batch_size is not None and self.total_batch_size % self.batch_size:

@@ -16,6 +16,8 @@ class Prompt:
     name: str
     image: Path | None = None  # for image-to-video
     video: Path | None = None  # what the video is made after
+    pose: Path | None = None  # drawn skeletons that it follows
+    ref_pose: Path | None = None  # the image's own skeleton
     seed: int | None = None  # in place of the run's
 
     @property
@@ -24,7 +26,7 @@ class Prompt:
         parts = [self.name]
         if self.text != self.name:
             parts.append(self.text)
-        parts += [file.name for file in (self.image, self.video) if file is not None]
+        parts += [file.name for file in (self.image, self.video, self.pose) if file is not None]
         return "\n".join(parts)
 
 

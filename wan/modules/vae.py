@@ -135,7 +135,8 @@ class TemporalUpConv(CausalConv3d):
         if num_frames == 0:
             return single
         pairs = self.convolve(x).movedim(1, -1).unflatten(-1, (2, -1))  # [B, T, H, W, 2, C]
-        return torch.cat([single, pairs.movedim(4, 2).flatten(1, 2).movedim(-1, 1)], dim=2)
+        frames = pairs.movedim(4, 2).flatten(1, 2).movedim(-1, 1)
+        return torch.cat([single, frames], dim=2) if is_first else frames  # a cat with nothing would copy everything
 
 
 class TemporalDownConv(nn.Conv3d):
