@@ -1,4 +1,4 @@
-"""Skeletons from disk, as fast as they are asked for: a video or a folder of drawn ones, or a keypoint file."""
+"""Drawn skeletons from disk: a video of them, or a folder of pictures, read as fast as they are asked for."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,24 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.pose.draw import drawings
-from utils.pose.keypoints import SUFFIXES, at_fps, read_keypoints
 from utils.prompts import IMAGE_SUFFIXES
 from utils.video import load_pixels, pictures_at, video_length
 
 
-def drawing_pieces(path: str | Path, fps: float, size: int = 12, profile: str = "legacy") -> Iterator[Tensor]:
+def drawing_pieces(path: str | Path, fps: float, size: int = 12) -> Iterator[Tensor]:
     """Pieces uint8 `[<= size, 3, h, w]`, in the size they were drawn in.
 
     path: a video, of which the frames at 0, 1 / fps, ... are taken, or a folder, whose pictures are taken in the
-    order of their names, one per frame; or a keypoint file, which is drawn in a profile of utils.pose.draw. Raises
-    FileNotFoundError or ValueError.
+    order of their names, one per frame. Raises FileNotFoundError or ValueError.
     """
-    if Path(path).suffix in SUFFIXES:
-        track = at_fps(read_keypoints(path), fps)
-        for piece in drawings(track, (track.height, track.width), profile):
-            yield from piece[0].split(size)
-        return
     pictures, pieces = _pictures(Path(path), fps), []
     for picture in pictures:
         if pieces and picture.shape != pieces[0].shape:
@@ -42,8 +34,6 @@ def drawing_pieces(path: str | Path, fps: float, size: int = 12, profile: str = 
 def count_drawings(path: str | Path, fps: float) -> int:
     """Frames that `drawing_pieces` gives. Raises FileNotFoundError or ValueError."""
     path = Path(path)
-    if path.suffix in SUFFIXES:
-        return at_fps(read_keypoints(path), fps).num_frames
     return len(_files(path)) if path.is_dir() else video_length(path, fps)
 
 

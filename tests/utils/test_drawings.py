@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 from utils.drawings import count_drawings, drawing_pieces, load_drawing
-from utils.pose.keypoints import save_keypoints
 from utils.video import write_video
 
 
@@ -37,12 +36,3 @@ def test_mistakes_are_sentences(tmp_path):
         count_drawings(tmp_path / "absent.mp4", 16)
     with pytest.raises(FileNotFoundError, match="no image at"):
         load_drawing(tmp_path / "absent.png")
-
-
-def test_a_keypoint_file_is_drawn(tmp_path):
-    points = torch.rand(30, 18, 3) * 60 + 1
-    save_keypoints(tmp_path / "a.npz", points, 64, 64, 16)
-    pieces = [*drawing_pieces(tmp_path / "a.npz", 8, size=5, profile="native")]
-    assert count_drawings(tmp_path / "a.npz", 8) == sum(map(len, pieces)) == 15
-    assert {piece.shape[1:] for piece in pieces} == {(3, 64, 64)}
-    assert next(drawing_pieces(tmp_path / "a.npz", 16)).shape[1:] == (3, 768, 512)
