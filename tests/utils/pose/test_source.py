@@ -66,3 +66,5 @@ def test_another_rate_keeps_the_speed(track):
     plain = torch.cat([*open_pose(track, 16, SIZE, "native").pieces()])
     assert source.num_frames == 5
     assert torch.equal(torch.cat([*source.pieces()]), plain[::2])
+    with pytest.raises(FileNotFoundError):
+        open_pose("absent.npz", 16, SIZE)
