@@ -33,9 +33,9 @@ from tqdm import tqdm
 from utils.batches import BATCH_SUFFIXES, read_batch
 from utils.config import Config, config_hash, dump, load_config
 from utils.distributed import resolve_device
-from utils.drawings import count_drawings, drawing_pieces, load_drawing
 from utils.errors import plain_errors
 from utils.memory import MemoryPlan, plan_inference
+from utils.pose.source import is_keypoints, open_pose, open_reference_pose
 from utils.prompts import Prompt, read_image_prompts, read_prompts, video_seed
 from utils.video import (
     VideoWriter,
@@ -44,6 +44,7 @@ from utils.video import (
     read_video,
     resize_cover,
     safe_name,
+    video_length,
     video_pieces,
 )
 
@@ -112,8 +113,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--video", type=Path, metavar="VIDEO", help="driving video for every prompt without its own: video to video")
     add("--strength", type=float, help="of the change to the driving video, in (0, 1] (default: 0.6)")
-    add("--pose", type=Path, help="drawn skeletons to follow, a video or a folder of pictures; needs --pose_ckpt")
-    add("--ref_pose", type=Path, metavar="IMAGE", help="the skeleton of --input_image, drawn in the same way")
+    add("--pose", type=Path, help="what to follow: keypoints (.npz, .json), or a video or folder of drawn ones")
+    add("--ref_pose", type=Path, metavar="IMAGE", help="the skeleton of --input_image: drawn, or keypoints")
     add("--pose_strength", type=float, help="factor on the pose, in [0, 2] (default: 1, as trained)")
     add("--pose_ckpt", help="pose networks and LoRA: UniAnimate's checkpoint or one in its layout")
     add("--guidance_scale", type=float, help="how strongly many-step models follow words; 1: off, twice as fast")
@@ -240,10 +241,12 @@ def count_latents(pipeline, prompt: Prompt, config: Config, asked: int | None, t
     is_first_frame = config.image_mode in ("auto", "context") and pipeline.clip is None
     given += int(prompt.image is not None and is_first_frame)
     first = given or int(config.independent_first_frame)
-    leader = prompt.video or prompt.pose
-    if leader is not None and asked is None:
-        length = latents_for(count_drawings(leader, config.fps), 4)
-        return whole_blocks(length, (first, config.num_frame_per_block))
+    if asked is None and (prompt.video or prompt.pose):
+        if prompt.video:
+            num_pictures = video_length(prompt.video, config.fps)
+        else:
+            num_pictures = open_pose(prompt.pose, config.fps, (config.height, config.width)).num_frames
+        return whole_blocks(latents_for(num_pictures, 4), (first, config.num_frame_per_block))
     return config.num_output_frames + first - int(config.independent_first_frame)
 
 
@@ -254,7 +257,7 @@ def make_video(
 
     num_frames: latents in all, given ones included. to_extend: its beginning, `[1, 1 + 4 n, 3, H, W]` in [-1, 1].
     """
-    prompt, options = request.prompt, {}
+    prompt, size, options = request.prompt, (config.height, config.width), {}
     if to_extend is not None:
         options["initial_latent"] = pipeline.vae.encode_to_latent(to_extend)
     if prompt.image is not None:
@@ -264,10 +267,10 @@ def make_video(
         pieces = video_pieces(prompt.video, config.fps, config.height, config.width)
         options |= {"video": (piece[None] for piece in pieces), "strength": config.strength}
     if prompt.pose is not None:
-        drawings = drawing_pieces(prompt.pose, config.fps)
-        options |= {"dwpose_data": (piece[None] for piece in drawings), "pose_strength": config.pose_strength}
-    if prompt.ref_pose is not None:
-        options["random_ref_dwpose"] = load_drawing(prompt.ref_pose)[None]
+        source = open_pose(prompt.pose, config.fps, size, config.pose_drawing, prompt.ref_pose)
+        options |= {"dwpose_data": (piece[None] for piece in source.pieces()), "pose_strength": config.pose_strength}
+    if prompt.ref_pose is not None and (prompt.image is not None or not is_keypoints(prompt.ref_pose)):
+        options["random_ref_dwpose"] = open_reference_pose(prompt.ref_pose, size, config.pose_drawing)[None]
     for pixels in pipeline.stream(
         text_prompts=[prompt.text],
         seeds=[request.seed],

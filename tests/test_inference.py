@@ -10,6 +10,7 @@ from PIL import Image
 import inference
 from tests.pipeline.test_pose import synthetic_checkpoint
 from utils.config import config_hash, load_config
+from utils.pose.keypoints import save_keypoints
 from utils.video import read_video, write_video
 
 FRAMES = 9  # 3 latent frames, one block
@@ -223,6 +224,14 @@ def test_a_video_follows_a_pose(run, tiny_model_folder, tmp_path, capsys):
     assert [len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")] == [21]  # whole blocks above 10
     run(*arguments[:4], out="without", code=1)
     assert "no pose weights are loaded" in capsys.readouterr().err
+    save_keypoints(tmp_path / "dance.npz", torch.rand(5, 18, 3) * 30 + 1, 32, 32, 16)
+    Image.new("RGB", (32, 32)).save(tmp_path / "man.png")
+    reference = ["--ref_pose", "dance.npz"]
+    for index, image in enumerate(([], ["--input_image", "man.png"])):  # without an image it only lends its proportions
+        folder = run(
+            "--prompt", "words", "--pose", "dance.npz", *arguments[4:6], *reference, *image, out=f"keys{index}"
+        )
+        assert metadata(folder)[0]["ref_pose"] == "dance.npz" and len(list(folder.glob("*.mp4"))) == 1
     (tmp_path / "list.csv").write_text("prompt,pose,seed\nwords,dance,4\nother,,\n")
     assert [record.get("pose") for record in metadata(run("--data_path", "list.csv", *arguments[4:], out="list"))] == [
         "dance",

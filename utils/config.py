@@ -242,6 +242,7 @@ class Config:
     image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
     pose_ckpt: str | None = None  # pose networks (and LoRA): UniAnimate's checkpoint, or one in its layout
     pose_lora: bool = True  # merge the LoRA of pose_ckpt, where it has one, into the generator
+    pose_drawing: Literal["legacy", "native"] = "legacy"  # of keypoint files: as UniAnimate's, or as trained here
     pose_strength: float = 1.0  # factor on the pose, in [0, 2]; 1 is as trained
     strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
