@@ -187,7 +187,7 @@ def should_offload(offload: str, device: torch.device) -> bool:
 
 NO_TINY_VAE = (
     "use vae_decoder=full, or put a decoder of these latents there: for Wan 2.1 taew2_1.pth from "
-    "https://github.com/madebyollin/taehv"
+    "https://github.com/madebyollin/taehv, for the embedded model one made by configs/puppet_tiny_vae.yaml"
 )
 
 

@@ -8,9 +8,10 @@ No file is unpickled.
 """
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,27 @@ def read_keypoints(path: str | Path) -> Keypoints:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: keypoints come as {' or '.join(SUFFIXES)}")
     return _from_npz(path) if path.suffix == ".npz" else _from_json(path)
+
+
+def at_fps(track: Keypoints, fps: float) -> Keypoints:
+    """What is there at 0, 1 / fps, 2 / fps, ... until the track ends."""
+    if fps == track.fps:
+        return track
+    step = track.fps / fps
+    num_frames = max(1, math.ceil(track.num_frames / step - 1e-6))
+
+    def read() -> Iterator[Tensor]:
+        start, number = 0, 0
+        for piece in track.read():
+            wanted = []
+            while number < num_frames and (index := int(number * step + 1e-6)) < start + len(piece):
+                wanted.append(index - start)
+                number += 1
+            start += len(piece)
+            if wanted:
+                yield piece[wanted]
+
+    return replace(track, fps=fps, num_frames=num_frames, read=read)
 
 
 def save_keypoints(path: str | Path, points: Tensor, width: int, height: int, fps: float) -> None:

@@ -1,6 +1,5 @@
 """Whatever holds a pose, as drawings in order: a keypoint file, a video of drawn skeletons, a folder of them."""
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from utils.drawings import count_drawings, drawing_pieces, load_drawing
 from utils.pose.draw import draw, drawings
-from utils.pose.keypoints import SUFFIXES, Keypoints, read_keypoints
+from utils.pose.keypoints import SUFFIXES, Keypoints, at_fps, read_keypoints
 from utils.pose.retarget import fit
 
-logger = logging.getLogger(__name__)
 FIT_FRAMES = 256  # of a track that its proportions are measured on
 
 
@@ -36,9 +34,7 @@ def open_pose(
     path = Path(path)
     if not is_keypoints(path):
         return PoseSource(count_drawings(path, fps), lambda: drawing_pieces(path, fps))
-    track = read_keypoints(path)
-    if round(track.fps) != round(fps):
-        logger.warning("%s has %g frames per second and the video %g: it plays at another speed", path, track.fps, fps)
+    track = at_fps(read_keypoints(path), fps)
     change = None
     if reference is not None and is_keypoints(reference):
         body, _ = reference_body(reference, size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.pose.keypoints import read_keypoints, save_keypoints
+from utils.pose.keypoints import at_fps, read_keypoints, save_keypoints
 
 
 def walk(num_frames=5, joints=18) -> torch.Tensor:
@@ -99,3 +99,15 @@ def test_what_is_no_track_is_refused(tmp_path):
     refused_suffix = tmp_path / "a.pkl"
     refused_suffix.write_bytes(b"x")
     refused(refused_suffix, r"\.npz or \.json")
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(16, range(600)), (8, range(0, 600, 2)), (32, sorted([*range(600)] * 2))]
+)
+def test_a_track_at_another_rate(tmp_path, fps, expected):
+    points = walk(600)
+    points[:, 0, 0] = torch.arange(600.0)
+    save_keypoints(tmp_path / "a.npz", points, 512, 768, 16)
+    track = at_fps(read_keypoints(tmp_path / "a.npz"), fps)
+    assert torch.cat([*track.pieces()])[:, 0, 0].int().tolist() == [*expected]
+    assert track.num_frames == len(expected)

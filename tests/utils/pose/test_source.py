@@ -61,8 +61,10 @@ def test_drawings_are_taken_as_they_are(tmp_path):
     assert open_reference_pose(tmp_path / "2.png", SIZE)[0].unique().tolist() == [2]
 
 
-def test_another_speed_is_told(track, caplog):
-    open_pose(track, 30, SIZE)
-    assert "plays at another speed" in caplog.text
+def test_another_rate_keeps_the_speed(track):
+    source = open_pose(track, 8, SIZE, "native")
+    plain = torch.cat([*open_pose(track, 16, SIZE, "native").pieces()])
+    assert source.num_frames == 5
+    assert torch.equal(torch.cat([*source.pieces()]), plain[::2])
     with pytest.raises(FileNotFoundError):
         open_pose("absent.npz", 16, SIZE)

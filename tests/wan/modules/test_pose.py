@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.golden_data import FOLDER, below, load_golden, wan_config
+from tests.wan.modules.test_causal_model import toy_model
+from wan.configs import WAN_CONFIGS
 from wan.modules.causal_model import CausalWanModel
 from wan.modules.lora import merge_lora
 from wan.modules.model import WanModel
@@ -208,3 +210,50 @@ def test_pose_streams_through_the_transformer_as_in_one_pass(golden):
     cache.commit(2)
     blocks.append(flow(slice(2, 4), kv_cache=cache))
     torch.testing.assert_close(torch.cat(blocks, dim=2), masked, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_teacher_forcing_with_pose_is_the_stream_with_pose(golden):
+    """The pose is on the clean half and on the noisy one, as it is in the clean pass and in the denoising one."""
+    tensors, _, _, whole = golden
+    model = CausalWanModel(whole.config, num_frame_per_block=2)
+    assign_weights(model, below(tensors, "w.dit"), "golden")
+    pose, y = tensors["dwpose_features"], tensors["y"] + tensors["ref_pose_features"]
+    clean, noisy, t = tensors["x"], torch.randn_like(tensors["x"]), torch.full((1, 4), 600.0)
+    words, image = tensors["context_pos"], tensors["clip_fea"]
+
+    def flow(x, t, cut, **options):
+        tokens = pose[:, :, cut].flatten(2).transpose(1, 2)
+        return model(x[:, :, cut], t[:, cut], words, image, y[:, :, cut], add_condition=tokens, **options)
+
+    forced = flow(noisy, t, slice(0, 4), clean_x=clean)
+    cache = model.make_kv_cache(1, *clean.shape[3:], 4)
+    blocks = []
+    for cut in (slice(0, 2), slice(2, 4)):
+        blocks.append(flow(noisy, t, cut, kv_cache=cache))
+        flow(clean, torch.zeros_like(t), cut, kv_cache=cache)
+        cache.commit(2)
+    torch.testing.assert_close(forced, torch.cat(blocks, dim=2), atol=1e-5, rtol=1e-5)
+
+
+def test_pose_proj_is_identity_where_widths_agree_and_zero_elsewhere():
+    with torch.device("meta"):
+        large = CausalWanModel(WAN_CONFIGS["Wan2.1-I2V-14B-480P"])
+    names = set(large.state_dict())
+    large.add_pose_proj(5120)
+    assert isinstance(large.pose_proj, torch.nn.Identity)
+    assert set(large.state_dict()) == names
+    small = toy_model(num_frame_per_block=2)
+    small.add_pose_proj(40)
+    assert [small.pose_proj.in_features, small.pose_proj.out_features] == [40, small.config.dim]
+    assert not small.pose_proj.weight.any()
+    assert not small.pose_proj.bias.any()
+    x, t, words = torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 2), torch.randn(1, 5, 12)
+    with torch.no_grad():
+        assert torch.equal(small(x, t, words, add_condition=torch.randn(1, 8, 40)), small(x, t, words))
+        projected = torch.randn(1, 8, small.config.dim)  # folded tokens are added as they are
+        assert not torch.equal(small(x, t, words, add_condition=projected), small(x, t, words))
+    with pytest.raises(ValueError, match=r"\(8, 41\) \(tokens, width\), the video has \(8, 40\)"):
+        small(x, t, words, add_condition=torch.randn(1, 8, 41))
+    with pytest.raises(ValueError, match="width 41 came, this model takes 40"):
+        small.add_pose_proj(41)

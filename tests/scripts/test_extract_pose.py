@@ -1,0 +1,70 @@
+"""A video of no one, through the real sidecar where its environment is made; the mistakes before it, always."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.scripts.loading import load_script
+from tests.utils.pose.test_backends import MEDIAPIPE
+from utils.pose.keypoints import read_keypoints
+from utils.video import write_video
+
+SCRIPT = load_script(Path(__file__).parents[2] / "scripts" / "extract_pose.py")
+# A stand-in for MediaPipe's process: one person, whose nose is in the middle.
+ANSWERS = """
+import struct, sys
+sys.stdout.buffer.write(b"ready"); sys.stdout.buffer.flush()
+while len(header := sys.stdin.buffer.read(12)) == 12:
+    height, width, _ = struct.unpack("<3i", header)
+    sys.stdin.buffer.read(height * width * 3)
+    points = [v for i in range(75) for v in (0.3 + 0.005 * i, 0.2 + 0.009 * i, 0.9)]
+    sys.stdout.buffer.write(struct.pack("<225f", *points)); sys.stdout.buffer.flush()
+"""
+
+
+@pytest.fixture
+def python(tmp_path) -> Path:
+    path, program = tmp_path / "python", tmp_path / "answers.py"
+    program.write_text(ANSWERS)
+    path.write_text(f"#!/bin/sh\nexec {sys.executable} {program}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def video(tmp_path) -> Path:
+    return write_video(tmp_path / "dance.mp4", torch.zeros(9, 3, 480, 320), fps=16)
+
+
+def test_a_video_becomes_keypoints_on_the_references_body(python, video, tmp_path, capsys):
+    from PIL import Image
+
+    out = tmp_path / "dance.npz"
+    assert SCRIPT.main([str(video), str(out), "--mediapipe", str(python)]) == 0
+    assert "no DWPose files were named" in capsys.readouterr().out
+    track = read_keypoints(out)
+    assert (track.num_frames, track.num_joints, track.width, track.height) == (9, 134, 320, 480)
+    (points,) = track.pieces()
+    image = tmp_path / "me.png"
+    Image.fromarray(np.zeros((960, 640, 3), np.uint8)).save(image)
+    assert SCRIPT.main([str(video), str(out), "--mediapipe", str(python), "--reference", str(image)]) == 0
+    moved = read_keypoints(out)
+    assert (moved.width, moved.height) == (640, 960)  # the same body in a picture twice as large
+    torch.testing.assert_close(next(moved.pieces())[..., :2], points[..., :2] * 2, atol=0.01, rtol=1e-3)
+    with Image.open(tmp_path / "dance_reference.png") as drawing:
+        assert drawing.size == (512, 768)
+
+
+def test_mistakes(video, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert SCRIPT.main([str(video), "a.npz"]) == 1
+    assert "no pose backend" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not MEDIAPIPE.is_file(), reason="MediaPipe's environment is not made: python scripts/pose_env.py")
+def test_no_person_in_a_real_run(video, tmp_path, capsys):
+    assert SCRIPT.main([str(video), str(tmp_path / "a.npz"), "--mediapipe", str(MEDIAPIPE)]) == 1
+    assert "no person found in any of 9 pictures" in capsys.readouterr().err
