@@ -16,10 +16,3 @@ def test_a_killed_run_is_the_run(tmp_path: Path):
     assert result["lost"] == 0
     assert result["kills"] == 2
     assert result["most_steps_redone"] <= 2 * result["save_every_steps"]
-
-
-def test_the_committed_figures():
-    result = json.loads((ROOT / "benchmarks" / "results" / "kill_resume.json").read_text())
-    assert result["kills"] >= 50
-    assert result["kills_while_saving"] > 0
-    assert result["lost"] == 0
