@@ -1,6 +1,6 @@
 """The tiny VAE of the TAEHV family (https://github.com/madebyollin/taehv, MIT), written for streaming.
 
-It stands in for `WanVAE`: the same latents, a hundredth of the work, softer pictures. Images are convolved one by one;
+It stands in for `WanVAE`: the same latents, a twentieth of the work, softer pictures. Images are convolved one by one;
 time enters only where a `MemoryBlock` looks at the frame before, and where `TimeGrow` makes two frames of one.
 
     latents              0       |       1       |       2       | ...
@@ -10,8 +10,6 @@ time enters only where a `MemoryBlock` looks at the frame before, and where `Tim
 Submodule names and places are those of `taew2_1.pth`: they are the checkpoint.
 """
 
-import json
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.modules.vae import History, VAECache, channels_last_weights_, check_continues, check_latents
-from wan.modules.weights import load_weights
-
-logger = logging.getLogger(__name__)
+from wan.modules.vae import History, VAECache, check_continues, check_latents, load_as
 
 BLOCKS_PER_LEVEL = 3  # memory blocks at each size, as published
 
@@ -202,17 +197,4 @@ def load_tiny_vae(path: str | Path, device: torch.device | str = "cpu", dtype: t
     Sizes come from `<stem>.json` beside it; without one they are those of `taew2_1.pth`. Raises FileNotFoundError, or
     ValueError with the first names and shapes that do not fit.
     """
-    path = Path(path)
-    sizes_file = path.with_suffix(".json")
-    sizes = json.loads(sizes_file.read_text()) if sizes_file.is_file() else {}
-    try:
-        with torch.device("meta"):
-            vae = TinyVAE(**sizes)
-    except TypeError as error:
-        raise ValueError(f"{sizes_file} must hold TinyVAE's constructor arguments: {error}") from error
-    load_weights(vae, [path], device=device, dtype=dtype)
-    vae = vae.to(device, dtype).eval().requires_grad_(False)
-    channels_last_weights_(vae)
-    num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    logger.info("tiny VAE %s: %.1fM parameters, %s on %s", path.name, num_parameters / 1e6, dtype, device)
-    return vae
+    return load_as(TinyVAE, "tiny VAE", path, device, dtype)

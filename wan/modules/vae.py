@@ -459,17 +459,24 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.
     Sizes and latent statistics come from `<stem>.json` beside it; without one they are Wan 2.1's.
     Raises FileNotFoundError, or ValueError with the first names and shapes that do not fit.
     """
+    return load_as(WanVAE, "VAE", path, device, dtype)
+
+
+def load_as(
+    kind: Callable[..., nn.Module], title: str, path: str | Path, device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
+    """A frozen network of convolutions from a file of weights and its constructor's arguments in `<stem>.json`."""
     path = Path(path)
     sizes_file = path.with_suffix(".json")
     sizes = json.loads(sizes_file.read_text()) if sizes_file.is_file() else {}
     try:
         with torch.device("meta"):
-            vae = WanVAE(**sizes)
+            vae = kind(**sizes)
     except TypeError as error:
-        raise ValueError(f"{sizes_file} must hold WanVAE's constructor arguments: {error}") from error
+        raise ValueError(f"{sizes_file} must hold {kind.__name__}'s constructor arguments: {error}") from error
     load_weights(vae, [path], device=device, dtype=dtype)
     vae = vae.to(device, dtype).eval().requires_grad_(False)
     channels_last_weights_(vae)
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
-    logger.info("VAE %s: %.1fM parameters, %s on %s", path.name, num_parameters / 1e6, dtype, device)
+    logger.info("%s %s: %.1fM parameters, %s on %s", title, path.name, num_parameters / 1e6, dtype, device)
     return vae
