@@ -5,6 +5,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.base import Player
+from trainer.graphs import GraphedPass, wants_graphs
 from trainer.layout import count_passes, make_sharding
 from trainer.learner import Learner
 from trainer.optimization import learning_rate
@@ -40,6 +42,7 @@ class Trainer(ABC):
 
     name: ClassVar[str]
     can_shard: ClassVar[bool] = False  # whether the recipe's transformers may be cut over ranks
+    can_graph: ClassVar[bool] = False  # whether its losses decide nothing on the host (trainer/graphs.py)
 
     def __init__(self, config: Config, ranks: Ranks, run_dir: str | Path, tracker: Tracker | None = None):
         """tracker: where rank 0 logs; other ranks have none."""
@@ -67,6 +70,11 @@ class Trainer(ABC):
         for player in self.players:
             distribute(player.module, self.sharding)
         self.learners = [Learner(player, config, self.sharding) for player in self.players]
+        self.graphs: dict[str, GraphedPass] = {}  # by the player's name
+        if wants_graphs(config, self.sharding, self.name, can_graph=self.can_graph):
+            for learner in self.learners:
+                learner.parameters.keeps_gradients = True
+                self.graphs[learner.name] = GraphedPass(partial(self.run_pass, learner), self.device)
         self.checkpointer = Checkpointer(self.run_dir, ranks, config.checkpoint.keep_last)
 
     # --- what a recipe says ---
@@ -176,16 +184,26 @@ class Trainer(ABC):
     def update(self, learner: Learner, rngs: Rngs) -> dict[str, Tensor]:
         """Accumulate all passes of this rank, then one optimizer step."""
         metrics: dict[str, Tensor] = {}
-        player, passes = learner.player, self.passes()
+        name, passes = learner.name, self.passes()
+        run = self.graphs.get(name) or partial(self.run_pass, learner)
         for samples in passes:
-            sample_rngs = SampleRngs(rngs, samples)
+            rngs_of_pass = SampleRngs(rngs, samples)
+            learner.begin_pass(is_last=samples == passes[-1])
             with self.only(learner):
                 with self.autocast():
-                    loss, details = player.loss(self.prepare(sample_rngs), sample_rngs)
-                learner.backward(loss / self.num_passes, samples, is_last=samples == passes[-1])
-            for name, value in {"loss": loss.detach(), **details}.items():
-                metrics[f"{player.name}/{name}"] = metrics.get(f"{player.name}/{name}", 0) + value / self.num_passes
-        return {**metrics, f"{player.name}/grad_norm": learner.step(self.step, self.progress())}
+                    batch = self.prepare(rngs_of_pass)
+                loss, details = run(batch, rngs_of_pass)
+            learner.watch.see(loss, samples)
+            for key, value in {"loss": loss, **details}.items():
+                metrics[f"{name}/{key}"] = metrics.get(f"{name}/{key}", 0) + value / self.num_passes
+        return {**metrics, f"{name}/grad_norm": learner.step(self.step, self.progress())}
+
+    def run_pass(self, learner: Learner, batch: Any, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward: adds this pass's share to the gradients; returns its loss and metrics, detached."""
+        with self.autocast():
+            loss, details = learner.player.loss(batch, rngs)
+        (loss / self.num_passes).backward()
+        return loss.detach(), details
 
     @contextlib.contextmanager
     def only(self, learner: Learner) -> Iterator[None]:

@@ -11,6 +11,7 @@ class DiffusionTrainer(LatentTrainer):
     """Teacher forcing, diffusion forcing or bidirectional, by `causal` and `teacher_forcing`."""
 
     name = "diffusion"
+    can_graph = True
 
     def make_players(self) -> list[Player]:
         config = self.config

@@ -36,11 +36,9 @@ class Learner:
             fused=True,
         )
 
-    def backward(self, loss: Tensor, samples: range, *, is_last: bool) -> None:
-        """Add one pass over samples of the step; is_last: of this step, after which copies of the network agree."""
-        self.watch.see(loss, samples)
+    def begin_pass(self, *, is_last: bool) -> None:
+        """is_last: of this step, after which copies of the network agree."""
         defer_all_reduce(self.player.module, not is_last)
-        loss.backward()
 
     def step(self, step: int, progress: float) -> Tensor:
         """Average over ranks, clip, step, average over time. Returns the gradient's norm before clipping."""

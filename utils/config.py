@@ -277,6 +277,7 @@ class Config:
     timestep_weighting: bool = False  # weight the loss by FlowMatchScheduler.training_weight
     mixed_precision: bool = True  # bfloat16 autocast on CUDA; parameters, gradients and moments stay float32
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = False  # replay each pass as one CUDA graph: for small networks, which the host cannot keep fed
     sharding_strategy: Literal["hybrid_full", "full", "no_shard"] = "hybrid_full"  # hybrid: copies per group of GPUs
     sharding_group_size: int | None = None  # hybrid_full: GPUs that hold one copy together; None: those of a node
     heartbeat_seconds: float = 45.0  # a rank silent for so long is taken for dead and the others stop; 0: they wait

@@ -196,6 +196,7 @@ class LocalParameters:
         self.tensors = {
             name: nn.Parameter(local(p)) if isinstance(p, DTensor) else p for name, p in self.sources.items()
         }
+        self.keeps_gradients = False  # zero_grad leaves their memory where it is, as a captured pass must find it
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -216,6 +217,9 @@ class LocalParameters:
                 self.tensors[name].grad = None if source.grad is None else local(source.grad)
 
     def zero_grad(self) -> None:
+        if self.keeps_gradients:
+            torch._foreach_zero_([p.grad for p in self.tensors.values() if p.grad is not None])
+            return
         for name, source in self.sources.items():
             source.grad = self.tensors[name].grad = None
 

@@ -15,7 +15,7 @@ from wan.configs import WanConfig
 
 ALONE = Ranks(torch.device("cpu"))
 SIZES = WanConfig(
-    dim=16, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=16, text_len=24
+    dim=16, ffn_dim=32, num_heads=1, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=16, text_len=24
 )
 TOY = [
     "model_name=toy", "from_scratch=true", "train_text_encoder=true",

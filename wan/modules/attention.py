@@ -69,12 +69,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     return out.transpose(1, 2)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask, backend: str = "auto") -> Tensor:
     """Attention under a prepared BlockCausalMask (`mask.prepare(device)`), [B, L, N, D] each; dtype kept.
 
     A flex BlockMask runs in compiled flex-attention; a dense bool [L, L] in SDPA, its twin for the CPU, where
-    flex-attention has no backward.
+    flex-attention has no backward; None, which masks nothing, as `attention` does.
     """
+    if mask is None:
+        return attention(q, k, v, backend)
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))  # see attention()
     if isinstance(mask, Tensor):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

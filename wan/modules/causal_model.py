@@ -103,7 +103,7 @@ class CausalWanModel(WanModel):
         rope = rope_frequencies(self.config.head_dim, frames, *grid[1:], device=device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return masked_attention(self.rotate(q, rope), self.rotate(k, rope), v, mask)
+            return masked_attention(self.rotate(q, rope), self.rotate(k, rope), v, mask, self.attention_backend)
 
         return attend
 

@@ -89,8 +89,13 @@ class BlockCausalMask:
         return _flex_block_mask(self, torch.device(device))
 
     def prepare(self, device: torch.device | str):
-        """What `masked_attention` takes: a flex BlockMask on CUDA, the dense mask elsewhere. Made once."""
+        """What `masked_attention` takes: a flex BlockMask on CUDA, the dense mask elsewhere, made once.
+
+        None where everything sees everything, as in a clip of one block.
+        """
         device = torch.device(device)
+        if self.frame_mask.all():
+            return None
         return self.block_mask(device) if device.type == "cuda" else _dense_mask(self, device)
 
 
