@@ -81,12 +81,11 @@ class DMDStep(ScoreDistillationTrainer):
 
     def step_that_exits_at(self, exit_step: int, stream: int) -> Rngs:
         """The randomness of the first training step whose rollouts leave there."""
-        rollouts, step = self.objective.generate, 0
+        step = 0
         while True:
             rngs = Rngs(self.config.seed, step, self.device, stream)
-            shared = rngs.shared
-            rollouts.draw_num_frames(shared)
-            if rollouts.pipeline.draw_exit_steps(1, shared) == [exit_step]:
+            _, exit_steps = self.objective.generate.decide(rngs.shared)
+            if exit_steps[0] == exit_step:
                 return rngs
             step += 1
 

@@ -1,6 +1,6 @@
 """What every objective shares: the batch, the player, and one timestep per block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.conditioning import Conditioning
-from utils.dataset import upload
 from utils.distributed import SampleRngs
 
 
@@ -34,6 +33,8 @@ class Player:
     """A network that learns: whose parameters, from which loss, how often.
 
     It learns on steps start_step, start_step + every, ...
+
+    decide: what a pass decides on the host with `SampleRngs.shared`; passes that decide alike do the same work.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Player:
     loss: Loss
     every: int = 1
     start_step: int = 0
+    decide: Callable[[torch.Generator], Hashable] = lambda shared: None
     is_critic: bool = False  # takes its learning rate and the like from the section critic_optimizer
 
     def due(self, step: int) -> bool:
@@ -68,7 +70,8 @@ def block_timesteps(
 ) -> Tensor:
     """One of a sampler's `timesteps` for every block, drawn evenly: float32 [B, F]."""
     blocks = num_blocks(num_frames, num_frame_per_block, independent_first_frame)
-    times = upload(torch.tensor(timesteps, dtype=torch.float32), rngs.device)
+    # Filled on the device: a copy of numbers would wait for it, and cannot be captured in a graph.
+    times = torch.stack([torch.full((), t, dtype=torch.float32, device=rngs.device) for t in timesteps])
     drawn = times[(rngs.rand(blocks) * len(timesteps)).long()]
     return block_values(drawn, num_frame_per_block, independent_first_frame)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from model.base import Batch, block_timesteps
@@ -41,3 +42,6 @@ class NoisyClips:
         x_t = self.scheduler.add_noise(x0, rngs.randn(*x0.shape[1:]), t)
         _, made = self.generator(x_t, batch.conditioning, t, clean_x=x0 if self.teacher_forcing else None)
         return Trajectory(made)
+
+    def decide(self, shared: torch.Generator) -> None:
+        """Nothing: every block draws its time on the device."""

@@ -62,8 +62,8 @@ class ConsistencyDistillation:
         """Mean squared difference of the two ends; and the root of it over times above and below the grid's middle."""
         x0 = batch.clean_latent.float()
         place = self.places(x0.shape[1], rngs)
-        grid = self.grid.to(x0.device, non_blocking=True)
-        t, s = grid[place], grid[place + 1]
+        self.grid = self.grid.to(x0.device)  # there from the first pass on
+        t, s = self.grid[place], self.grid[place + 1]
         x_t = self.generator.scheduler.add_noise(x0, rngs.randn(*x0.shape[1:]), t)
         with torch.no_grad():
             step = ((s - t) / 1000)[..., None, None, None]

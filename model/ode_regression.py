@@ -54,7 +54,8 @@ class ODERegression:
                 f"run and the clean clip make {len(self.timesteps)}; use the denoising_step_list they were made with"
             )
         states = self.states(trajectory.shape[2], rngs)
-        t = self.timesteps.to(trajectory.device, non_blocking=True)[states]
+        self.timesteps = self.timesteps.to(trajectory.device)  # there from the first pass on
+        t = self.timesteps[states]
         index = states[:, None, :, None, None, None].expand(-1, 1, -1, *trajectory.shape[3:])
         x_t, x0 = trajectory.gather(1, index)[:, 0], trajectory[:, -1]
         _, x0_pred = self.generator(x_t, batch.conditioning, t, clean_x=x0 if self.teacher_forcing else None)

@@ -46,17 +46,22 @@ class Rollouts:
         self.first_latent = first_latent
 
     def __call__(self, batch: Batch, rngs: SampleRngs) -> Trajectory:
-        shared, given = rngs.shared, self.num_input_frames
-        num_frames = self.draw_num_frames(shared)
-        num_blocks = sum(not block.given for block in self.pipeline.plan(num_frames, given))
+        given = self.num_input_frames
+        num_frames, exit_steps = self.decide(rngs.shared)
         made = self.pipeline.rollout(
             rngs.randn(num_frames - given, *self.latent_shape),
             batch.conditioning,
-            exit_steps=self.pipeline.draw_exit_steps(num_blocks, shared),
+            exit_steps=exit_steps,
             draw=lambda shape: rngs.randn(*shape[1:]),
             initial_latent=batch.clean_latent[:, :given] if given else None,
         )
         return self.last_frames(made)
+
+    def decide(self, shared: torch.Generator) -> tuple[int, tuple[int, ...]]:
+        """Latents of this step's rollouts, and where each block leaves; `shared` is seeded alike on all ranks."""
+        num_frames = self.draw_num_frames(shared)
+        num_blocks = sum(not block.given for block in self.pipeline.plan(num_frames, self.num_input_frames))
+        return num_frames, tuple(self.pipeline.draw_exit_steps(num_blocks, shared))
 
     def draw_num_frames(self, shared: torch.Generator) -> int:
         """Latents of this step's rollouts."""

@@ -21,7 +21,8 @@ GRACE = 6.0
 
 def run(file: str, num_ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
     """Start `file` with num_ranks ranks and wait; what they wrote to stderr is in the result."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, file, str(num_ranks), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
 

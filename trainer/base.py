@@ -42,7 +42,7 @@ class Trainer(ABC):
 
     name: ClassVar[str]
     can_shard: ClassVar[bool] = False  # whether the recipe's transformers may be cut over ranks
-    can_graph: ClassVar[bool] = False  # whether its losses decide nothing on the host (trainer/graphs.py)
+    can_graph: ClassVar[bool] = False  # whether `Player.decide` tells all that its passes decide on the host
 
     def __init__(self, config: Config, ranks: Ranks, run_dir: str | Path, tracker: Tracker | None = None):
         """tracker: where rank 0 logs; other ranks have none."""
@@ -185,14 +185,17 @@ class Trainer(ABC):
         """Accumulate all passes of this rank, then one optimizer step."""
         metrics: dict[str, Tensor] = {}
         name, passes = learner.name, self.passes()
-        run = self.graphs.get(name) or partial(self.run_pass, learner)
+        graphed = self.graphs.get(name)
         for samples in passes:
             rngs_of_pass = SampleRngs(rngs, samples)
             learner.begin_pass(is_last=samples == passes[-1])
             with self.only(learner):
                 with self.autocast():
                     batch = self.prepare(rngs_of_pass)
-                loss, details = run(batch, rngs_of_pass)
+                if graphed is None:
+                    loss, details = self.run_pass(learner, batch, rngs_of_pass)
+                else:
+                    loss, details = graphed(batch, rngs_of_pass, learner.player.decide(rngs_of_pass.shared))
             learner.watch.see(loss, samples)
             for key, value in {"loss": loss, **details}.items():
                 metrics[f"{name}/{key}"] = metrics.get(f"{name}/{key}", 0) + value / self.num_passes

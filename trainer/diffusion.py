@@ -11,7 +11,6 @@ class DiffusionTrainer(LatentTrainer):
     """Teacher forcing, diffusion forcing or bidirectional, by `causal` and `teacher_forcing`."""
 
     name = "diffusion"
-    can_graph = True
 
     def make_players(self) -> list[Player]:
         config = self.config

@@ -3,7 +3,7 @@
 from model.base import Player
 from model.causvid import NoisyClips
 from model.dmd import DMD
-from model.scores import Critic, Generate, ScorePair
+from model.scores import Critic, ScorePair
 from model.sid import SiD
 from trainer.few_step import FewStepTrainer
 from trainer.work import DistillationWork
@@ -35,8 +35,8 @@ class ScoreDistillationTrainer(FewStepTrainer):
             self.objective = DMD(generate, scores, times)
         self.critic = Critic(generate, fake, times, denoising_loss_type=config.denoising_loss_type)
         student = self.student(self.objective.loss)
-        student.every = settings.dfake_gen_update_ratio
-        return [student, Player("critic", fake, self.critic.loss, is_critic=True)]
+        student.every, student.decide = settings.dfake_gen_update_ratio, generate.decide
+        return [student, Player("critic", fake, self.critic.loss, decide=generate.decide, is_critic=True)]
 
     def work(self) -> DistillationWork:
         scores = self.objective.scores
@@ -63,7 +63,7 @@ class ScoreDistillationTrainer(FewStepTrainer):
             return kept * (2 if self.config.teacher_forcing else 1)
         return kept + self.cache_bytes
 
-    def make_clips(self) -> Generate:
+    def make_clips(self) -> NoisyClips:
         """Real clips, noised and denoised once."""
         config = self.config
         return NoisyClips(

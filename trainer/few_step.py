@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.base import Batch, Player
 from model.rollouts import Rollouts
-from model.scores import Generate, ScoreTimes
+from model.scores import ScoreTimes
 from pipeline.build import generator_options
 from pipeline.samplers import few_step_times
 from pipeline.self_forcing_training import SelfForcingTrainingPipeline
@@ -136,7 +136,7 @@ class FewStepTrainer(LatentTrainer):
             ts_schedule_max=settings.ts_schedule_max,
         )
 
-    def make_rollouts(self) -> Generate:
+    def make_rollouts(self) -> Rollouts:
         """Clips from words alone, by the walk of inference."""
         config, settings = self.config, self.config.distillation
         pipeline = SelfForcingTrainingPipeline(

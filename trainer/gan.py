@@ -25,8 +25,9 @@ class GANTrainer(FewStepTrainer):
             attention_backend=config.attention_backend,
         ).to(self.device)
         discriminator = Discriminator(score, head)
+        rollouts = self.make_rollouts()
         self.objective = GAN(
-            self.make_rollouts(),
+            rollouts,
             discriminator,
             self.score_times(),
             relativistic=gan.relativistic,
@@ -41,7 +42,9 @@ class GANTrainer(FewStepTrainer):
         )
         student = self.student(self.objective.generator_loss)
         student.every, student.start_step = settings.dfake_gen_update_ratio, gan.discriminator_warmup_steps
-        return [student, Player("critic", discriminator, self.objective.critic_loss, is_critic=True)]
+        student.decide = rollouts.decide
+        critic = Player("critic", discriminator, self.objective.critic_loss, decide=rollouts.decide, is_critic=True)
+        return [student, critic]
 
     def step_flops(self) -> float | None:
         """A rollout and the discriminator's passes: back to its input for the student, to its weights for itself."""

@@ -1,8 +1,8 @@
-"""A pass of a small network as one CUDA graph: the host launches nothing, so the GPU does not wait for it."""
+"""Passes of small networks as CUDA graphs: the host launches nothing, so the GPU does not wait for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,52 +12,74 @@ from utils.config import Config, ConfigError
 from utils.distributed import SampleRngs
 from utils.sharding import Sharding
 
-NUM_EAGER_PASSES = 3  # before the capture: they compile, choose kernels, and make the gradients' memory
+NUM_EAGER_PASSES = 3  # before the first capture: they compile, and make the gradients' memory
+MAX_GRAPHS = 32  # per player; rarer kinds of passes are launched
+
+# (batch, rngs) -> loss and metrics, detached; it has added to the gradients.
+Run = Callable[[Any, SampleRngs], tuple[Tensor, dict[str, Tensor]]]
 
 
 def wants_graphs(config: Config, sharding: Sharding, trainer: str, *, can_graph: bool) -> bool:
-    """Whether passes are captured; raises ConfigError where they cannot be. Without CUDA there is nothing to capture."""
+    """Whether passes are captured: on CUDA; raises ConfigError where they cannot be."""
     if not config.cuda_graphs:
         return False
     remedy = "set cuda_graphs: false"
     if not can_graph:
-        raise ConfigError(f"cuda_graphs: passes of the {trainer} trainer decide on the host what they do; {remedy}")
+        raise ConfigError(f"cuda_graphs: passes of the {trainer} trainer cannot be captured; {remedy}")
     if config.train_text_encoder:
         raise ConfigError(f"cuda_graphs: a text encoder that learns is outside the captured pass; {remedy}")
     if config.gradient_checkpointing:
         raise ConfigError(f"cuda_graphs: recomputation cannot be captured; {remedy}, or gradient_checkpointing: false")
     if sharding.mesh is not None:
-        raise ConfigError(f"cuda_graphs: gathering weights cannot be captured; {remedy}, or sharding_strategy: no_shard")
+        raise ConfigError(
+            f"cuda_graphs: gathering weights cannot be captured; {remedy}, or sharding_strategy: no_shard"
+        )
     return sharding.ranks.device.type == "cuda"
 
 
-class GraphedPass:
-    """Forward and backward of a pass, captured once and replayed on new data in the same memory.
+@dataclass
+class Captured:
+    """A graph and the memory it reads and writes."""
 
-    run(batch, rngs) -> (loss, metrics), both detached, adds to the gradients; these must stay where they are from one
-    step to the next (LocalParameters.keeps_gradients). What `run` decides on the host stays decided. A batch of
-    another shape than the captured one runs as it comes.
+    graph: torch.cuda.CUDAGraph
+    batch: Any
+    rngs: SampleRngs
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class GraphedPass:
+    """Forward and backward of a player's pass, captured once per kind and replayed on new data in the same memory.
+
+    A kind is what the pass decides on the host (the exit step of a rollout) and the shapes of its batch. The first pass
+    of a kind is launched as ever, so that kernels are chosen outside the capture; its second is captured. Gradients
+    must stay where they are from one step to the next (LocalParameters.keeps_gradients): a captured pass adds to them.
     """
 
-    def __init__(self, run: Callable[[Any, SampleRngs], tuple[Tensor, dict[str, Tensor]]], device: torch.device):
+    def __init__(self, run: Run, device: torch.device):
         self.run = run
         self.stream = torch.cuda.Stream(device)  # of every pass: a gradient belongs to the stream that first made it
-        self.num_eager = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.pool = torch.cuda.graph_pool_handle()  # one for all kinds: no two run at once, and results are copied out
+        self.num_launched = 0
+        self.seen: set[Hashable] = set()
+        self.captured: dict[Hashable, Captured] = {}
 
-    def __call__(self, batch: Any, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.graph is None and self.num_eager == NUM_EAGER_PASSES:
-            self._capture(batch, rngs)
-        if self.graph is None or self._signature(batch, rngs) != self.signature:
-            self.num_eager += 1
-            return self._eager(batch, rngs)
-        for ours, theirs in zip(tensors(self.batch), tensors(batch), strict=True):
-            ours.copy_(theirs)
-        self.rngs.keys.copy_(rngs.keys)
-        self.graph.replay()
-        return self.loss.clone(), {name: value.clone() for name, value in self.metrics.items()}
+    def __call__(self, batch: Any, rngs: SampleRngs, decision: Hashable) -> tuple[Tensor, dict[str, Tensor]]:
+        kind = (decision, rngs.num_drawn, *((tensor.shape, tensor.dtype) for tensor in tensors(batch)))
+        if kind not in self.captured:
+            if self.num_launched < NUM_EAGER_PASSES or kind not in self.seen or len(self.captured) == MAX_GRAPHS:
+                self.num_launched += 1
+                self.seen.add(kind)
+                return self._launch(batch, rngs)
+            self.captured[kind] = self._capture(batch, rngs)
+        ours = self.captured[kind]
+        for mine, theirs in zip(tensors(ours.batch), tensors(batch), strict=True):
+            mine.copy_(theirs)
+        ours.rngs.keys.copy_(rngs.keys)
+        ours.graph.replay()
+        return ours.loss.clone(), {name: value.clone() for name, value in ours.metrics.items()}
 
-    def _eager(self, batch: Any, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
+    def _launch(self, batch: Any, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
@@ -65,18 +87,14 @@ class GraphedPass:
         main.wait_stream(self.stream)
         return result
 
-    def _capture(self, batch: Any, rngs: SampleRngs) -> None:
-        self.signature = self._signature(batch, rngs)
-        self.batch, self.rngs = mapped(Tensor.clone, batch), copy(rngs)
-        self.rngs.keys = rngs.keys.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog asks its events from a thread of its own, which is none of the capture's business.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.loss, self.metrics = self.run(self.batch, self.rngs)
-
-    def _signature(self, batch: Any, rngs: SampleRngs) -> tuple:
-        """What a replay cannot change: shapes, and how many numbers were drawn before."""
-        return (rngs.num_drawn, *((tensor.shape, tensor.dtype) for tensor in tensors(batch)))
+    def _capture(self, batch: Any, rngs: SampleRngs) -> Captured:
+        batch, rngs, keys = mapped(Tensor.clone, batch), copy(rngs), rngs.keys.clone()
+        rngs.keys = keys
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads ask CUDA meanwhile, as NCCL's watchdog does, is none of its business.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            loss, metrics = self.run(batch, rngs)
+        return Captured(graph, batch, rngs, loss, metrics)
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -54,6 +54,7 @@ class LatentTrainer(Trainer):
     """
 
     can_shard = True
+    can_graph = True
 
     @property
     def learns_from(self) -> str:
