@@ -7,7 +7,8 @@
     python inference.py --prompt "a man dances" --input_image man.png --pose dance.mp4 --pose_ckpt unianimate.ckpt
     python inference.py --data_path batch.jsonl                         # each line: prompt, image, pose, video, seed
     python inference.py --config_path configs/self_forcing_dmd.yaml --data_path prompts/cinematic.txt --use_ema
-    torchrun --nproc_per_node=8 inference.py --config_path configs/self_forcing_dmd.yaml ...
+    torchrun --nproc_per_node=8 inference.py --config_path configs/self_forcing_dmd.yaml ...        # 8 videos at a time
+    torchrun --nproc_per_node=4 inference.py sequence_parallel=2 ...    # 2 at a time, each on 2 GPUs (docs/parallel.md)
 
 Any setting of utils/config.py can follow as key=value: `sampling_steps=8 model_kwargs.sink_size=3`. Every flag is
 optional. Videos that exist are kept, so an interrupted run goes on where it stopped.
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from utils.batches import BATCH_SUFFIXES, read_batch
 from utils.config import Config, config_hash, dump, load_config
-from utils.distributed import resolve_device
+from utils.distributed import init_distributed, resolve_device, shutdown
 from utils.errors import plain_errors
 from utils.memory import MemoryPlan, plan_inference
 from utils.pose.source import is_keypoints, open_pose, open_reference_pose
@@ -47,6 +48,7 @@ from utils.video import (
     video_length,
     video_pieces,
 )
+from utils.video_ranks import VideoRanks, check_world, share_videos
 
 DEFAULT_CONFIG = "configs/puppet_tiny.yaml"
 DEFAULT_PROMPTS = Path(__file__).parent / "prompts" / "puppet_world.txt"
@@ -285,7 +287,10 @@ def make_video(
 def make_videos(
     pipeline, requests: Sequence[tuple[Request, int]], folder: Path, config: Config, to_extend: Tensor | None
 ) -> list[str]:
-    """Write every requested video of so many latents; returns one sentence for each that could not be made."""
+    """Write every requested video of so many latents; returns one sentence for each that could not be made.
+
+    Of ranks that make a video together the first one writes.
+    """
     failures = []
     in_silence = not logger.isEnabledFor(logging.INFO)  # one bar for all processes of a run
     total = sum(1 + 4 * (num_frames - 1) for _, num_frames in requests)
@@ -294,8 +299,13 @@ def make_videos(
             bar.set_description(f"video {number}/{len(requests)}")
             began = time.perf_counter()
             try:
+                blocks = make_video(pipeline, request, config, num_frames, to_extend)
+                if not pipeline.ranks.is_first:
+                    for _ in blocks:  # this rank's share of the work is done by asking for them
+                        pass
+                    continue
                 with VideoWriter(request.path, config.fps) as writer:
-                    for frames in make_video(pipeline, request, config, num_frames, to_extend):
+                    for frames in blocks:
                         writer.append(frames)
                         bar.update(len(frames))
             except ValueError as error:  # this prompt's fault; the others can still be made
@@ -347,11 +357,11 @@ def draw_contact_sheet(folder: Path, requests: Sequence[Request]) -> Path | None
     return contact_sheet(folder / "contact_sheet.png", videos, [request.prompt.name for request in shown])
 
 
-def load_pipeline(config: Config, device: torch.device):
+def load_pipeline(config: Config, device: torch.device, ranks: VideoRanks | None = None):
     """The pipeline a config describes; imported late, so that --dry_run and mistakes in flags answer at once."""
     from pipeline.build import build_pipeline
 
-    return build_pipeline(config, device)
+    return build_pipeline(config, device, ranks=ranks)
 
 
 def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
@@ -363,9 +373,10 @@ def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
         width=config.width,
         num_frames=num_frames,
         dtype=pipeline.generator.model.dtype,
-        num_paths=(2 if guided else 1) if config.causal else 0,  # a bidirectional model keeps no cache
+        num_paths=(2 if guided and not config.guidance_parallel else 1) if config.causal else 0,  # bidirectional: none
         local_attn_size=config.model_kwargs.local_attn_size if config.causal else -1,
         num_frame_per_block=config.num_frame_per_block if config.causal else num_frames,
+        num_ranks=config.sequence_parallel,
         text_encoder=pipeline.text_encoder.model,
         offload_text_encoder=pipeline.text_encoder.offload,
         clip=pipeline.clip,
@@ -393,15 +404,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"# {len(requests)} videos into {arguments.output_folder}/, nothing was made")
         return 0
 
-    device = resolve_device(config.device, local_rank)
+    check_world(world_size, config.sequence_parallel, config.guidance_parallel)
+    if config.sequence_parallel == 1 and not config.guidance_parallel:  # processes that need not know of each other
+        device, ranks = resolve_device(config.device, local_rank), VideoRanks(video=rank, num_videos=world_size)
+        return make_share(arguments, config, requests, device, ranks)
+    everyone = init_distributed(config.device)
+    try:
+        ranks = share_videos(everyone, config.sequence_parallel, config.guidance_parallel)
+        return make_share(arguments, config, requests, everyone.device, ranks)
+    finally:
+        shutdown()
+
+
+def make_share(
+    arguments: argparse.Namespace,
+    config: Config,
+    requests: Sequence[Request],
+    device: torch.device,
+    ranks: VideoRanks,
+) -> int:
+    """Make the videos that fall to this process, alone or with others; returns the exit code."""
     prepare_folder(arguments.output_folder, config)
-    mine = requests[rank::world_size]
+    mine = requests[ranks.video :: ranks.num_videos]
     missing = [request for request in mine if arguments.overwrite or not request.path.exists()]
-    report_kept(arguments.output_folder, config, [request for request in mine if request not in missing])
+    ranks.wait()  # all that make a video together have looked what is missing before one makes any
+    kept = [request for request in mine if request not in missing]
+    if ranks.is_first:
+        report_kept(arguments.output_folder, config, kept)
     failures = []
     if missing:
         to_extend = read_video_to_extend(arguments.extend, config) if arguments.extend else None
-        pipeline = load_pipeline(config, device)
+        pipeline = load_pipeline(config, device, ranks)
         lengths = [
             count_latents(pipeline, request.prompt, config, arguments.num_output_frames, to_extend)
             for request in missing
@@ -411,9 +444,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.check(device)
         pairs = list(zip(missing, lengths, strict=True))
         failures = make_videos(pipeline, pairs, arguments.output_folder, config, to_extend)
+    if not ranks.is_first:
+        return 1 if failures else 0
     sheet = draw_contact_sheet(arguments.output_folder, requests)
-    who = f"process {rank}: " if world_size > 1 else ""
-    counts = f"{len(missing) - len(failures)} videos made, {len(mine) - len(missing)} kept"
+    who = f"process {ranks.video}: " if ranks.num_videos > 1 else ""
+    counts = f"{len(missing) - len(failures)} videos made, {len(kept)} kept"
     print(f"{who}{counts}: {arguments.output_folder}/" + (f", overview in {sheet}" if sheet else ""))
     for failure in failures:
         print(f"error: no video of {failure}", file=sys.stderr)

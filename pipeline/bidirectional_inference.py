@@ -11,6 +11,7 @@ from pipeline.samplers import SampleNoise, multi_step
 from pipeline.teacache import TeaCache
 from utils.conditioning import Conditioning
 from utils.solvers import make_solver
+from utils.video_ranks import VideoRanks
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 
 
@@ -29,6 +30,7 @@ class BidirectionalInferencePipeline:
         solver: str = "unipc",
         sampling_steps: int = 50,
         teacache: TeaCache | None = None,
+        ranks: VideoRanks | None = None,
     ):
         self.generator = generator
         self.text_encoder = text_encoder
@@ -39,6 +41,7 @@ class BidirectionalInferencePipeline:
         self.solver = solver
         self.sampling_steps = sampling_steps
         self.teacache = teacache
+        self.ranks = ranks or VideoRanks()
 
     @property
     def device(self) -> torch.device:
@@ -88,12 +91,13 @@ class BidirectionalInferencePipeline:
         if input_image is not None:
             choose_image_mode(image_mode, self.generator.model.config)
             image = encode_image(self.generator, self.vae, self.clip, input_image, noise.shape[1])
-        paths = [Path(Conditioning(embed.to(self.device), **image), None) for embed in embeds]
+        paths = [Path(Conditioning(embed.to(self.device), **image), None) for embed in self.ranks.own_sides(embeds)]
         schedule = (self.solver, self.sampling_steps, self.generator.scheduler.shift)
         computed = None
         if self.teacache is not None:
             computed = self.teacache.plan(self.generator.model, make_solver(*schedule, "cpu").timesteps)
-        denoise = guided(self.generator, paths, FrameBlock(0, noise.shape[1]), self.guidance_scale, computed)
+        block = FrameBlock(0, noise.shape[1])
+        denoise = guided(self.generator, paths, block, self.guidance_scale, computed, all_sides=self.ranks.all_sides)
         latents = multi_step(denoise, noise, *schedule)
-        video = (self.vae.decode_to_pixel(latents) + 1) / 2
+        video = self.ranks.decode(self.vae, latents)
         return (video, latents) if return_latents else video

@@ -14,9 +14,11 @@ from utils.checkpoint import load_generator
 from utils.config import Config
 from utils.distributed import resolve_device, resolve_dtype
 from utils.fingerprint import fingerprint
+from utils.video_ranks import VideoRanks, check_world
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
-from wan.configs import find_model_folder
+from wan.configs import WanConfig, find_model_folder
 from wan.modules.lora import find_lora
+from wan.modules.sequence_parallel import Ulysses, check_heads
 from wan.modules.weights import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -60,9 +62,18 @@ def build_vae(config: Config, device: torch.device) -> WanVAEWrapper:
 
 
 def build_pipeline(
-    config: Config, device: torch.device | str | None = None, generator: WanDiffusionWrapper | None = None
+    config: Config,
+    device: torch.device | str | None = None,
+    generator: WanDiffusionWrapper | None = None,
+    ranks: VideoRanks | None = None,
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
-    """Everything that turns prompts into pixels. device None: the config's. generator: one that is in training."""
+    """Everything that turns prompts into pixels. device None: the config's. generator: one that is in training.
+
+    ranks: the processes that a video is shared with (utils.video_ranks.share_videos), for a config that wants them.
+    """
+    if ranks is None:
+        check_world(1, config.sequence_parallel, config.guidance_parallel)
+    check_heads(WanConfig.from_folder(find_model_folder(config.model_name)).num_heads, config.sequence_parallel)
     device = resolve_device(config.device) if device is None else torch.device(device)
     dtype = resolve_dtype(config.dtype, device)
     generator = generator or build_generator(config, device, dtype)
@@ -72,7 +83,7 @@ def build_pipeline(
     if generator.model.config.model_type == "i2v":
         half = torch.float16 if dtype == torch.bfloat16 else dtype  # bfloat16 is too coarse for CLIP; Wan runs it so
         clip = CLIPModel(config.model_name, device=device, dtype=half)
-    pipeline = assemble_pipeline(config, generator, text_encoder, vae, clip)
+    pipeline = assemble_pipeline(config, generator, text_encoder, vae, clip, ranks)
     if config.pose_ckpt:
         load_pose(pipeline, config)
     return pipeline
@@ -111,9 +122,16 @@ def assemble_pipeline(
     text_encoder: Callable[[Sequence[str]], Tensor],
     vae: WanVAEWrapper,
     clip: CLIPModel | None = None,
+    ranks: VideoRanks | None = None,
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
-    """The pipeline a config asks for, of parts that are there already: trainers sample with what they train."""
+    """The pipeline a config asks for, of parts that are there already: trainers sample with what they train.
+
+    With `ranks` the generator goes over to sharing its passes; without, whatever the config says, it works alone.
+    """
+    if ranks is not None and ranks.sequence is not None:
+        generator.model.share_passes(Ulysses(ranks.sequence))
     sampling = {
+        "ranks": ranks,
         "clip": clip,
         "teacache": build_teacache(config),
         "guidance_scale": config.guidance_scale,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 import torch
@@ -16,6 +17,7 @@ from pipeline.teacache import TeaCache
 from utils.conditioning import Conditioning
 from utils.memory import available, pass_bytes
 from utils.solvers import make_solver
+from utils.video_ranks import VideoRanks
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper, latent_shape
 from wan.modules.kv_cache import KVCache
 from wan.modules.lora import merge_lora
@@ -40,6 +42,10 @@ class CausalDiffusionInferencePipeline:
 
     teacache: leave out denoising steps that change little (many steps only).
 
+    ranks: the processes that make a video together, each of which makes the same calls. The generator is to share its
+    passes over the same ranks (WanModel.share_passes). All have the latents; pictures are decoded on the first rank, on
+    the others videos have none ([B, 0, 3, height, width]).
+
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
 
@@ -62,6 +68,7 @@ class CausalDiffusionInferencePipeline:
         independent_first_frame: bool = False,
         guidance_passes: str = "auto",
         teacache: TeaCache | None = None,
+        ranks: VideoRanks | None = None,
     ):
         self.generator = generator
         self.text_encoder = text_encoder
@@ -84,6 +91,7 @@ class CausalDiffusionInferencePipeline:
         self.dwpose_embedding: DWPoseEmbedding | None = None
         self.randomref_embedding_pose: RandomRefPoseEmbedding | None = None
         self.teacache = teacache
+        self.ranks = ranks or VideoRanks()
         self._plans: dict[tuple, tuple[bool, ...]] = {}
         self._streams = 0
         self.timesteps: list[float] | None = None
@@ -142,7 +150,7 @@ class CausalDiffusionInferencePipeline:
         """Latents and pixels of every block; after a driving video, as many frames as it has."""
         vae_cache, num_made = self.vae.make_cache(), 0
         for latents, driving in self._walk(noise, text_prompts, video=video, **options):
-            pixels = (self.vae.decode_to_pixel(latents, cache=vae_cache) + 1) / 2
+            pixels = self.ranks.decode(self.vae, latents, vae_cache)
             if driving is not None:
                 pixels = pixels[:, : driving.num_frames - num_made]
             num_made += pixels.shape[1]
@@ -226,6 +234,11 @@ class CausalDiffusionInferencePipeline:
             stride = self.vae.model.spatial_stride
             driving = DrivingVideo(self.vae, video, (batch, shape[1] * stride, shape[2] * stride))
         pose = self._driving_pose(dwpose_data, steering, (batch, *shape), num_frames, image, drawing)
+        if self.ranks.guidance is not None and pose is not None and num_frames is None:
+            raise ValueError(
+                "guidance_parallel: the rank of the unguided side reads no pose and cannot tell when one ends; give "
+                "num_frames"
+            )
         for name, tensor in (("noise", noise), ("initial_latent", initial_latent)):
             if tensor is not None and (tensor.shape[0], *tensor.shape[2:]) != (batch, *shape):
                 raise ValueError(
@@ -379,20 +392,29 @@ class CausalDiffusionInferencePipeline:
         pose_guided = pose is not None and pose.steering.guidance_scale not in (None, 1)
         together = guided and pose is None and self._guides_in_one_pass(batch, shape, num_frames)
         sides = 1 + together
-        self._prepare_caches(sides * batch, shape, num_frames, guided and not together, pose_guided)
+        alone = self.ranks.guidance is None
+        self._prepare_caches(sides * batch, shape, num_frames, alone and guided and not together, alone and pose_guided)
         embeds = self.text_encoder(text_prompts).to(self.device)
         positive = Conditioning(embeds, image.clip_feature, image.y, pose)
         paths = [Path(positive, self.kv_cache_pos)]
         if pose_guided:
             paths.append(Path(positive, self.kv_cache_ref).without_pose())
         if not guided:
-            return paths
+            return self._own_paths(paths)
         negative = positive.negative(self.text_encoder([self.negative_prompt] * batch).to(self.device))
         if together:
             return [Path(positive.beside(negative), self.kv_cache_pos, sides)]
-        return [*paths, Path(negative, self.kv_cache_neg)]
+        return self._own_paths([*paths, Path(negative, self.kv_cache_neg)])
+
+    def _own_paths(self, paths: list[Path]) -> list[Path]:
+        """All, or the one that is walked on this rank and remembers in its only cache."""
+        if self.ranks.guidance is None:
+            return paths
+        return [replace(path, kv_cache=self.kv_cache_pos) for path in self.ranks.own_sides(paths)]
 
     def _guides_in_one_pass(self, batch: int, shape: tuple[int, int, int], num_frames: int | None) -> bool:
+        if self.ranks.guidance is not None:
+            return False
         if self.guidance_passes != "auto" or self.device.type != "cuda":
             return self.guidance_passes == "one"
         model, (_, height, width) = self.generator.model, shape
@@ -401,7 +423,7 @@ class CausalDiffusionInferencePipeline:
         if self.kv_cache_pos is None:
             frames = model.cache_capacity(num_frames)
             wanted += model.kv_cache_bytes(2 * batch, height, width, frames)
-        return wanted < available(self.device)
+        return self.ranks.all_agree(wanted < available(self.device), self.device)
 
     def _prepare_caches(
         self,
@@ -470,7 +492,8 @@ class CausalDiffusionInferencePipeline:
                     return steering.sees(skip + call, self.num_steps)
 
         scales = [*scales, self.guidance_scale][: max(1, sum(path.sides for path in paths) - 1)]
-        denoise = guided(self.generator, paths, block, scales, self._steps_computed(skip), sees_pose)
+        computed = self._steps_computed(skip)
+        denoise = guided(self.generator, paths, block, scales, computed, sees_pose, self.ranks.all_sides)
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw, start=after, skip=skip)
         shift = self.generator.scheduler.shift

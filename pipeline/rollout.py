@@ -107,12 +107,14 @@ def guided(
     guidance_scale: float | Sequence[float] = 1.0,
     computed: Sequence[bool] | None = None,
     sees_pose: Callable[[int], bool] | None = None,
+    all_sides: Callable[[list[Tensor]], list[Tensor]] | None = None,
 ) -> Denoise:
     """What a sampler sees of one block: the first side's prediction, guided away from those of the others.
 
     guidance_scale: one number, or one for each side but the last, see `guide_in_turn`. computed: for every call in
     turn, whether the blocks are run, or add what they last added (pipeline.teacache). sees_pose: whether the n-th call
-    sees the pose (None: all do); where that changes, the blocks are run.
+    sees the pose (None: all do); where that changes, the blocks are run. all_sides: from the flows of these paths to
+    those of all, where other ranks walk some of them (utils.video_ranks).
     """
     scales = [guidance_scale] if isinstance(guidance_scale, int | float) else guidance_scale
     shortcuts = [None if computed is None else Shortcut() for _ in paths]
@@ -131,6 +133,8 @@ def guided(
             for path, shortcut in zip(paths if saw else blind, shortcuts, strict=True)
         ]
         flows = [flow for path, (flow, _) in zip(paths, predictions, strict=True) for flow in flow.chunk(path.sides)]
+        if all_sides is not None:
+            flows = all_sides(flows)
         if len(flows) == 1:
             return predictions[0]
         flow = guide_in_turn(flows, scales)

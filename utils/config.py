@@ -253,6 +253,8 @@ class Config:
     fps: int = 16
 
     # --- the machine ---
+    sequence_parallel: int = 1  # inference: processes of torchrun that make a video together; a divisor of the heads
+    guidance_parallel: bool = False  # inference: the two sides of guidance on two processes (each sequence_parallel)
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
@@ -323,6 +325,7 @@ class Config:
         for name in ("timestep_shift", "fps", "sampling_steps", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        self._check_parallel()
         if self.teacache < 0 or (self.teacache and self.denoising_step_list is not None):
             raise ConfigError(f"teacache is {self.teacache}; it is 0 for few-step models and at least 0 for many steps")
         if not 0 <= self.pose_strength <= 2:
@@ -355,6 +358,20 @@ class Config:
             raise ConfigError(f"tiny_vae.teacher_share is {self.tiny_vae.teacher_share}; a share lies in [0, 1]")
         if not 0 <= self.ema.weight < 1:
             raise ConfigError(f"ema.weight is {self.ema.weight}; it is the share of the old average kept, in [0, 1)")
+
+    def _check_parallel(self) -> None:
+        if self.sequence_parallel < 1:
+            raise ConfigError(f"sequence_parallel is {self.sequence_parallel}; a video is made by at least 1 process")
+        if not self.guidance_parallel:
+            return
+        if self.denoising_step_list is not None or self.guidance_scale == 1:
+            why = "few steps have none" if self.denoising_step_list is not None else "guidance_scale 1 turns it off"
+            raise ConfigError(f"guidance_parallel is true, but there is no guidance to share: {why}; leave it out")
+        if self.guidance_passes == "one":
+            raise ConfigError(
+                "guidance_passes is one and guidance_parallel is true, but sides on two processes cannot go through "
+                "the network together; set one of them"
+            )
 
     def _check_data(self) -> None:
         data = self.data

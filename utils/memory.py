@@ -51,6 +51,7 @@ def plan_inference(
     num_paths: int = 1,
     local_attn_size: int = -1,
     num_frame_per_block: int = 3,
+    num_ranks: int = 1,
     text_encoder: nn.Module | None = None,
     offload_text_encoder: bool = False,
     clip: nn.Module | None = None,
@@ -62,7 +63,8 @@ def plan_inference(
     """Memory of block-wise generation; exact for weights and caches, within about a third for what a pass holds.
 
     height, width: pixels. num_frames: latents of the whole video, None without end (needs a window). num_paths: 2 with
-    guidance. text_encoder, clip, vae: the modules, on any device, meta included.
+    guidance. num_ranks: those that share its tokens and heads. text_encoder, clip, vae: the modules, on any device,
+    meta included.
 
     Decoding a chunk holds about six feature maps of `vae_dim` channels at full size.
     """
@@ -70,12 +72,12 @@ def plan_inference(
     if frames is None:
         raise ValueError("a video without end needs a window; set model_kwargs.local_attn_size, e.g. to 15")
     tokens_per_frame = config.tokens_per_frame(height // 8, width // 8)
-    number = dtype.itemsize
+    number, width = dtype.itemsize, config.dim // num_ranks
     with torch.device("meta"):
         transformer = CausalWanModel(config)
     resident = {
         "transformer": module_bytes(transformer, dtype),
-        "KV cache": num_paths * 2 * config.num_layers * batch_size * frames * tokens_per_frame * config.dim * number,
+        "KV cache": num_paths * 2 * config.num_layers * batch_size * frames * tokens_per_frame * width * number,
     }
     if clip is not None:
         resident["CLIP"] = module_bytes(clip, dtype)
@@ -84,7 +86,7 @@ def plan_inference(
     tokens = batch_size * min(num_frame_per_block, frames) * tokens_per_frame
     chunk_pixels = batch_size * 4 * min(latents_per_chunk, num_frame_per_block) * height * width
     phases = {
-        "denoising": pass_bytes(config, tokens, dtype),
+        "denoising": pass_bytes(config, -(-tokens // num_ranks), dtype),
         "decoding": 6 * chunk_pixels * vae_dim * number // vae_patch_size**2,
     }
     if text_encoder is not None and offload_text_encoder:

@@ -14,6 +14,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 BACKENDS = ("auto", "flash", "sdpa")
 
+# Self-attention of one layer, rotary positions included: (layer, q, k, v), each [B, L, N, D] -> [B, L, N, D].
+# Blocks do not know whether there is a mask, a cache, other ranks, or none of them.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
 # Compiled once per process, here: eager flex-attention holds the whole score matrix, and compiling inside forward would
 # compile again for every module. No CUDA graphs: the training sequence changes its addresses every step.
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)

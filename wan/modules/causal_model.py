@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..configs import WanConfig
-from .attention import attention, masked_attention
+from .attention import Attend, attention, masked_attention
 from .kv_cache import KVCache, KVContext
 from .masks import BlockCausalMask, check_window
-from .model import Attend, Shortcut, WanModel
+from .model import Shortcut, WanModel
 from .rope import rope_frequencies
 
 ROPE_BASES = ("absolute", "window")
@@ -144,7 +144,13 @@ class CausalWanModel(WanModel):
     def kv_cache_bytes(self, batch_size: int, height: int, width: int, num_frames: int) -> int:
         """Bytes of a cache of so many frames, in the model's dtype."""
         tokens = batch_size * num_frames * self.config.tokens_per_frame(height, width)
-        return 2 * self.config.num_layers * tokens * self.config.dim * self.dtype.itemsize
+        width = self.num_cached_heads * self.config.head_dim
+        return 2 * self.config.num_layers * tokens * width * self.dtype.itemsize
+
+    @property
+    def num_cached_heads(self) -> int:
+        """Heads whose keys this rank keeps: all, or its own of a model that shares its passes."""
+        return self.config.num_heads // (1 if self.sequence_parallel is None else self.sequence_parallel.size)
 
     def make_kv_cache(
         self,
@@ -163,11 +169,11 @@ class CausalWanModel(WanModel):
         overwrite (a training rollout whose checkpointed blocks are recomputed). keeps_last_pass: KVCache's.
 
         Memory: 2 * num_layers * frames * tokens per frame * dim * bytes per number, e.g. 6.0 GB for 1.3B, bf16, 21
-        frames of 60x104.
+        frames of 60x104; of a model that shares its passes, its share.
         """
         capacity = self.cache_capacity(num_frames, keep_all=keep_all)
         frame_seqlen = self.config.tokens_per_frame(height, width)
-        shape = (batch_size, capacity * frame_seqlen, self.config.num_heads, self.config.head_dim)
+        shape = (batch_size, capacity * frame_seqlen, self.num_cached_heads, self.config.head_dim)
 
         def slab() -> Tensor:
             return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)

@@ -4,7 +4,7 @@ Shapes: B batch, F latent frames, C latent channels, H W latent size, S tokens p
 D head size, T text tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..configs import WanConfig, how_to_get
-from .attention import attention, check_backend
+from .attention import Attend, attention, check_backend
 from .rope import apply_rope, rope_frequencies
+from .sequence_parallel import Ulysses, check_heads
 from .weights import load_weights, save_safetensors
 
-# Self-attention of one layer, rotary positions included: (layer, q, k, v), each [B, L, N, D] -> [B, L, N, D].
-# Blocks do not know whether there is a mask, a cache, or neither.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 MAX_GRAPHS = 64  # of one compiled function: networks and lengths of a clip, with and without gradient
 Keys = tuple[Tensor, Tensor]  # keys and values of a prompt or an image, [B, T, N, D] each
 
@@ -215,7 +213,7 @@ class Shortcut:
     """What all blocks together added to the tokens of a pass; with `reuse` the next pass adds it, without blocks."""
 
     reuse: bool = False
-    added: Tensor | None = None  # [B, L, dim]
+    added: Tensor | None = None  # [B, L, dim]; of this rank's tokens where a pass is shared
 
 
 class WanModel(nn.Module):
@@ -233,6 +231,7 @@ class WanModel(nn.Module):
         self.rotate = apply_rope  # compile_blocks compiles it too
         self.compute_device: torch.device | None = None  # set where weights compute elsewhere than they lie (sharding)
         self.compute_dtype: torch.dtype | None = None
+        self.sequence_parallel: Ulysses | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -270,6 +269,14 @@ class WanModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.compute_dtype or self.patch_embedding.weight.dtype
+
+    def share_passes(self, ulysses: Ulysses | None) -> None:
+        """From now on passes are made together with other ranks, which hold the same weights and are given the same;
+        each returns the whole flow. None: alone again. KV caches made before do not fit any more.
+        """
+        if ulysses is not None:
+            check_heads(self.config.num_heads, ulysses.size)
+        self.sequence_parallel = ulysses
 
     def forward(
         self,
@@ -390,6 +397,12 @@ class WanModel(nn.Module):
         kv_cache: where the prompt's keys are remembered (wan.modules.kv_cache.KVCache), without gradient only.
         num_head_frames: only the last so many frames go through the head (teacher forcing: the noisy half).
         """
+        ulysses, num_frames, frame_seqlen = self.sequence_parallel, t.shape[1], grid[1] * grid[2]
+        if ulysses is not None:
+            if taps:
+                raise ValueError("a model that shares its passes (sequence_parallel) has no whole features to tap")
+            tokens = ulysses.split(tokens, num_frames)
+            attend = ulysses.around(attend, num_frames, frame_seqlen)
         time, modulation = self.embed_time(t)
         tapped: list[Tensor] = []
         if shortcut is not None and shortcut.reuse:
@@ -400,8 +413,10 @@ class WanModel(nn.Module):
             if shortcut is not None:
                 shortcut.added = tokens - before
         frames = num_head_frames or grid[0]
-        num_tokens = frames * grid[1] * grid[2]
+        num_tokens = frames * (tokens.shape[1] // num_frames)
         patches = self.head(tokens[:, -num_tokens:], time[:, -frames:])
+        if ulysses is not None:
+            patches = ulysses.gather(patches, frames, frame_seqlen)
         flow = self.unpatchify(patches, (frames, *grid[1:]))
         return (flow, Features(tapped, time)) if taps else flow
 
