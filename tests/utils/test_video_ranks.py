@@ -1,8 +1,10 @@
 """Many ranks make the video that one makes: its tokens and heads shared, or the sides of its guidance, or both."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import inference
+from benchmarks import usp
 from pipeline import CausalDiffusionInferencePipeline
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step
@@ -131,7 +134,7 @@ def check(ranks: VideoRanks, alone: list[Tensor], numbers: Sequence[int] = range
 
 
 def work(alone: list[Tensor], arguments: list[str]) -> None:
-    """Four ranks: in pairs, three of them, two by two; at last inference.py makes two videos at a time."""
+    """Four ranks: in pairs, three of them, two by two; the benchmark; inference.py with two videos at a time."""
     ranks = init_distributed("cpu")
     pairs = share_videos(ranks, 2)
     assert (pairs.video, pairs.num_videos, pairs.is_first) == (ranks.rank // 2, 2, ranks.rank % 2 == 0)
@@ -158,6 +161,11 @@ def work(alone: list[Tensor], arguments: list[str]) -> None:
         model.sequence_parallel.split(tokens, 1)
     with pytest.raises(ValueError, match="two sides of guidance on two ranks, this video has 1"):
         both.own_sides([0])
+    settings = [argument for argument in arguments if "=" in argument]
+    config = load_config("configs/puppet_tiny.yaml", [*settings, "num_output_frames=6", "device=cpu"])
+    config = usp.choose_ranks(replace(config, guidance_parallel=True), [], ranks.size)
+    usp.report(config, ranks, usp.parse_arguments(["--repeats", "1", "--out", "usp.json"]))
+
     assert inference.main(["--output_folder", "shared", *arguments, "sequence_parallel=2"]) == 0
 
 
@@ -167,6 +175,11 @@ def test_many_ranks_are_one_process(tiny_model_folder, tmp_path):
     done = gloo.run(__file__, 4, str(tmp_path), *settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1 videos made, 0 kept") == 2
+    figures = json.loads((tmp_path / "usp.json").read_text())
+    assert figures["settings"]["gpus"] == 4 and figures["settings"]["sequence_parallel"] == 2
+    assert all(figures[name] > 0 for name in ("usp_fps", "usp_fps_with_vae", "speedup", "messages_s_per_block"))
+    assert figures["flow_error"] < 1e-5 and figures["latents_error"] < 1e-5
+    assert figures["one_gpu"]["kv_cache_gb"] == pytest.approx(2 * figures["usp"]["kv_cache_gb"])
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     assert len(list(shared.glob("*.mp4"))) == len((shared / "metadata.jsonl").read_text().splitlines()) == 2
     for path in alone.glob("*.mp4"):
