@@ -9,7 +9,7 @@ First rank 0 makes the video alone while the others wait, then all make it; each
 repeats the fastest counts, and all are in the JSON. Wall-clock around synchronised work, block by block:
 
 - usp_fps, one_gpu_fps, speedup: frames/s of denoising and remembering, which is what is shared
-- usp_fps_with_vae and so on: of pixels in rank 0's memory; the VAE decodes there alone
+- usp_fps_with_vae and so on: of pixels in rank 0's memory; each rank decodes a strip
 - block_s: latency of a block (of the first one: first_block_s); with_vae: until its pixels are there
 - messages_s_per_block: what a block's messages between layers take by themselves, nothing else running
 - flow_error, latents_error: against one GPU from the same noise, relative; of one pass, and of the whole video
@@ -223,6 +223,8 @@ def report(config: Config, ranks: Ranks, arguments: argparse.Namespace) -> None:
         "latent_frames": config.num_output_frames,
         "steps": list(config.denoising_step_list or []) or config.sampling_steps,
         "window": config.model_kwargs.local_attn_size,
+        "dtype": config.dtype,
+        "vae_decoder": config.vae_decoder,
         "repeats": arguments.repeats,
     }
     result = {"settings": settings, **run(config, ranks, arguments)}

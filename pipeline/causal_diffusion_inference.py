@@ -43,8 +43,8 @@ class CausalDiffusionInferencePipeline:
     teacache: leave out denoising steps that change little (many steps only).
 
     ranks: the processes that make a video together, each of which makes the same calls. The generator is to share its
-    passes over the same ranks (WanModel.share_passes). All have the latents; pictures are decoded on the first rank, on
-    the others videos have none ([B, 0, 3, height, width]).
+    passes over the same ranks (WanModel.share_passes). All have the latents; the first rank has the pictures, on the
+    others videos have none ([B, 0, 3, height, width]).
 
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """

@@ -26,7 +26,7 @@ from wan.modules.kv_cache import KVCache
 from wan.modules.model import Features, Shortcut, WanModel
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5
 from wan.modules.tiny_vae import TinyVAE, load_tiny_vae
-from wan.modules.vae import VAECache, WanVAE, load_vae
+from wan.modules.vae import Strip, VAECache, WanVAE, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +234,11 @@ class WanVAEWrapper(nn.Module):
         """What makes the pictures."""
         return self.model if self.tiny is None else self.tiny
 
+    @property
+    def splits(self) -> bool:
+        """Whether several ranks can each make a strip of the pictures; the tiny decoder is too fast to be worth it."""
+        return self.tiny is None
+
     def make_cache(self) -> VAECache:
         """Memory for decoding a new video."""
         return self.decoder.make_cache()
@@ -261,16 +266,24 @@ class WanVAEWrapper(nn.Module):
         return torch.cat(latents, dim=2).transpose(1, 2).float()
 
     @torch.no_grad()
-    def decode_to_pixel(self, latents: Tensor, use_cache: bool = False, cache: VAECache | None = None) -> Tensor:
+    def decode_to_pixel(
+        self,
+        latents: Tensor,
+        use_cache: bool = False,
+        cache: VAECache | None = None,
+        strip: Strip | None = None,
+    ) -> Tensor:
         """Normalised latents [B, F, C, H, W] -> pixels [B, F_px, 3, 8H, 8W] in [-1, 1], float32.
 
         A video's first latent gives 1 frame, every other one 4. These latents go on where the last call with the same
-        `cache` stopped, or, with use_cache, where the last call with use_cache stopped.
+        `cache` stopped, or, with use_cache, where the last call with use_cache stopped. strip: these columns of the
+        pictures only (where the decoder `splits`), the same ones all through a video.
         """
         if cache is None:
             cache = (self.cache if use_cache else None) or self.make_cache()
         chunks = self._to_model(latents).split(self.latents_per_chunk, dim=2)
-        pixels = torch.cat([self.decoder.decode(chunk, cache).float() for chunk in chunks], dim=2)
+        options = {} if strip is None else {"strip": strip}
+        pixels = torch.cat([self.decoder.decode(chunk, cache, **options).float() for chunk in chunks], dim=2)
         if use_cache:
             self.cache = cache
         return pixels.transpose(1, 2).clamp_(-1, 1)

@@ -42,6 +42,7 @@ class LatentsAsPixels:
 
     model = SimpleNamespace(spatial_stride=8)
     make_cache = list
+    splits = False
 
     def decode_to_pixel(self, latents: Tensor, cache: list) -> Tensor:
         return 2 * latents - 1
@@ -147,7 +148,7 @@ def work(alone: list[Tensor], arguments: list[str]) -> None:
     check(pairs, alone)
     three = dist.new_group([0, 1, 2])
     if ranks.rank < 3:
-        check(VideoRanks(sequence=three, is_first=ranks.rank == 0), alone)
+        check(VideoRanks(together=three, sequence=three), alone)
     guided_pairs = share_videos(ranks, guidance_parallel=True)
     check(guided_pairs, alone, GUIDED)
     both = share_videos(ranks, 2, guidance_parallel=True)

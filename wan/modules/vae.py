@@ -63,6 +63,23 @@ class VAECache:
         self.decoder[:] = [None] * len(self.decoder)
 
 
+@dataclass(frozen=True)
+class Strip:
+    """Columns [first, last) of latents that are `width` wide: the part of all pictures that one of many ranks makes."""
+
+    first: int
+    last: int
+    width: int
+
+    @classmethod
+    def of(cls, rank: int, num_ranks: int, width: int) -> "Strip":
+        return cls(width * rank // num_ranks, width * (rank + 1) // num_ranks, width)
+
+    def window(self, scale: int, margin: int) -> tuple[int, int]:
+        """The strip with so many columns on both sides, in maps `scale` times as wide; never past their edge."""
+        return max(0, self.first * scale - margin), min(self.width * scale, self.last * scale + margin)
+
+
 class RMSNorm(nn.Module):
     """x / |x| * sqrt(C) * gamma over the channels of each position; dims is the number of axes after the channels."""
 
@@ -306,11 +323,40 @@ class Decoder3d(nn.Module):
         self.head = CausalSequential(RMSNorm(out_dim), nn.SiLU(), CausalConv3d(out_dim, pixel_dim))
         self.num_slots = number_slots(self)
 
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
+    def forward(self, x: Tensor, history: History | None = None, strip: Strip | None = None) -> Tensor:
         x = self.conv1(x, history)
         x = self.middle(x, history)
+        if strip is not None:
+            return self._finish_strip(x, history, strip)
         x = self.upsamples(x, history)
         return self.head(x, history)
+
+    def _finish_strip(self, x: Tensor, history: History | None, strip: Strip) -> Tensor:
+        """What follows the attention looks a few columns around: the strip alone, cut from wider and wider maps.
+
+        Where a map is cut, convolutions find zeros in place of neighbours. What they spoil lies in the margin, which is
+        cut off before the next enlargement.
+        """
+        scale, start = 1, 0
+        for index, (layer, margin) in enumerate(zip([*self.upsamples, self.head], self.margins, strict=True)):
+            if index == 0 or isinstance(layer, Upsample):
+                first, last = strip.window(scale, margin)
+                x, start = x[..., first - start : last - start], first
+                x = x.contiguous(memory_format=torch.channels_last_3d)
+            x = layer(x, history)
+            if isinstance(layer, Upsample):
+                scale, start = 2 * scale, 2 * start
+        first, last = strip.window(scale, 0)
+        return x[..., first - start : last - start]
+
+    @property
+    def margins(self) -> list[int]:
+        """Columns beside a strip that each layer of `upsamples`, and the head, needs to make the strip right."""
+        margins = [1]
+        for layer in reversed(self.upsamples):
+            needed = margins[0]
+            margins.insert(0, -(-(needed + 1) // 2) if isinstance(layer, Upsample) else needed + 2)
+        return margins
 
 
 class WanVAE(nn.Module):
@@ -378,17 +424,17 @@ class WanVAE(nn.Module):
         """Mean and log-variance of the posterior of a whole clip, neither normalised: what a VAE is trained with."""
         return self._moments(video, None)
 
-    def decode(self, latents: Tensor, cache: VAECache | None = None) -> Tensor:
+    def decode(self, latents: Tensor, cache: VAECache | None = None, strip: Strip | None = None) -> Tensor:
         """Pixels of normalised latents: a clip, or the next frames of one if a cache is given.
 
         latents: [B, z_dim, F, h, w]. Returns [B, 3, T, H, W], around [-1, 1] but not clamped; the first latent of a
-        video gives 1 frame, every other one 4.
+        video gives 1 frame, every other one 4. strip: these columns only, of the whole latents; the same for a video.
         """
         history = None if cache is None else cache.decoder
         check_latents(latents, self.latent_channels)
         check_continues(history, latents)
         x = self.conv2(latents * self.latents_std + self.latents_mean)
-        return self._unpatchify(self.decoder(self._arrange(x), history))
+        return self._unpatchify(self.decoder(self._arrange(x), history, strip))
 
     def _moments(self, video: Tensor, history: History | None) -> tuple[Tensor, Tensor]:
         if video.ndim != 5 or video.shape[1] != 3:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from tests.golden_data import load_golden
 from wan.modules import vae as vae_module
-from wan.modules.vae import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, WanVAE, load_vae
+from wan.modules.vae import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, Strip, WanVAE, load_vae
 
 TINY = {"dim": 4, "z_dim": 4, "dim_mult": (1, 2, 2), "num_res_blocks": 1, "temporal_downsample": (True, True)}
 STATISTICS = {"latents_mean": (0.1, -0.2, 0.3, 0.0), "latents_std": (1.0, 2.0, 0.5, 1.5)}
@@ -52,6 +52,20 @@ def decode_in_chunks(vae, latents, chunks):
 def test_decoder_matches_golden(golden, golden_vae, chunks):
     pixels = torch.cat(decode_in_chunks(golden_vae, golden["dec4.latent"], chunks), dim=2)
     torch.testing.assert_close(pixels[..., ::3, ::3], golden["dec4.pixels_every_third"], atol=1e-5, rtol=1e-5)
+
+
+def test_strips_are_the_whole_decoders():
+    """Each with a cache of its own, in two chunks; inner ones are made of 25 columns of 44 latents."""
+    vae, latents = tiny_vae(), torch.randn(1, 4, 3, 3, 44)
+    whole = torch.cat(decode_in_chunks(vae, latents, [1, 2]), dim=2)
+    strips = [Strip.of(rank, 5, 44) for rank in range(5)]
+    assert strips[2].window(1, vae.decoder.margins[0]) == (9, 34)
+    pieces = []
+    for strip in strips:
+        cache = vae.make_cache()
+        pieces.append(torch.cat([vae.decode(x, cache, strip) for x in latents.split([1, 2], dim=2)], dim=2))
+    assert [piece.shape[-1] for piece in pieces] == [32, 36, 36, 36, 36]
+    torch.testing.assert_close(torch.cat(pieces, dim=-1), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_published_statistics_are_the_golden_ones(golden):
