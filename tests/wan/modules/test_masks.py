@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.golden_data import below, load_golden
+from wan.modules.attention import masked_attention
 from wan.modules.masks import BlockCausalMask, block_starts, visible_ranges
 
 
@@ -67,6 +68,14 @@ def test_flex_block_mask_is_the_same_pattern():
     flex = mask.block_mask("cpu")
     assert flex.seq_lengths == (450, 450)
     assert torch.equal(create_mask(flex.mask_mod, None, None, 450, 450, device="cpu")[0, 0], mask.dense())
+
+
+def test_a_mask_that_hides_nothing_is_none():
+    one_block, two_blocks = BlockCausalMask(3, 4, 3, local_attn_size=6), BlockCausalMask(6, 4, 3)
+    assert one_block.prepare("cpu") is None and two_blocks.prepare("cpu") is not None
+    assert BlockCausalMask(3, 4, 3, teacher_forcing=True).prepare("cpu") is not None
+    q, k, v = torch.randn(3, 2, 12, 2, 4).unbind(0)
+    torch.testing.assert_close(masked_attention(q, k, v, None), masked_attention(q, k, v, one_block.dense()))
 
 
 def test_blocks():
