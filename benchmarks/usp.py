@@ -13,6 +13,7 @@ repeats the fastest counts, and all are in the JSON. Wall-clock around synchroni
 - block_s: latency of a block (of the first one: first_block_s); with_vae: until its pixels are there
 - messages_s_per_block: what a block's messages between layers take by themselves, nothing else running
 - flow_error, latents_error: against one GPU from the same noise, relative; of one pass, and of the whole video
+- flow_to_float32: how far one pass is from float32 weights and numbers, on one GPU and on all: what rounding does
 - peak_gb, kv_cache_gb: of rank 0
 
 Without overrides all processes share one video's tokens (sequence_parallel). Speed does not depend on weights.
@@ -89,8 +90,16 @@ class Stand:
         noise = SampleNoise([0], self.device)((1, config.num_frame_per_block, model.config.out_dim, *size))
         cache = model.make_kv_cache(1, *size, config.num_frame_per_block)
         prompt = Conditioning(pipeline.text_encoder([PROMPT]).to(self.device))
-        times = torch.full(noise.shape[:2], 1000.0, device=self.device)
+        times = torch.full(noise.shape[:2], 900.0, device=self.device)
         return pipeline.generator(noise, prompt, times, kv_cache=cache)[0]
+
+    def exact_flow(self) -> Tensor:
+        """The same in float32."""
+        generator, dtype = self.pipeline.generator, self.pipeline.generator.model.dtype
+        generator.float()
+        flow = self.flow()
+        generator.to(dtype)  # as they were: a larger type lost nothing
+        return flow
 
 
 @torch.no_grad()
@@ -142,6 +151,7 @@ def run(config: Config, ranks: Ranks, arguments: argparse.Namespace) -> dict:
     if ranks.is_main:
         one = alone.measure(arguments.repeats)
         latents, flow = alone.latents(), alone.flow()
+        exact = None if arguments.no_float32 else alone.exact_flow()
     barrier(ranks)
     parts = pipeline.generator, pipeline.text_encoder, pipeline.vae
     del alone, pipeline  # and its caches
@@ -163,6 +173,7 @@ def run(config: Config, ranks: Ranks, arguments: argparse.Namespace) -> dict:
         "speedup_with_vae": many["fps_with_vae"] / one["fps_with_vae"],
         "messages_s_per_block": messages,
         "flow_error": relative(found_flow, flow),
+        "flow_to_float32": None if exact is None else [relative(flow, exact), relative(found_flow, exact)],
         "first_block_error": relative(found_latents[:, :block], latents[:, :block]),
         "latents_error": relative(found_latents, latents),
         "latents_largest_error": float((found_latents - latents).abs().max()),
@@ -178,6 +189,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="exact", help=f"{known}; or the path of another config")
     parser.add_argument("--random_weights", action="store_true", help="of the model's sizes; nothing need be on disk")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the fastest counts")
+    parser.add_argument("--no_float32", action="store_true", help="leave flow_to_float32 out, which needs the memory")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "usp.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the preset")
     return parser.parse_intermixed_args(argv)
@@ -229,7 +241,7 @@ def report(config: Config, ranks: Ranks, arguments: argparse.Namespace) -> None:
     }
     result = {"settings": settings, **run(config, ranks, arguments)}
     if ranks.is_main:
-        print(json.dumps({key: value for key, value in result.items() if isinstance(value, float)}, indent=1))
+        print(json.dumps({key: value for key, value in result.items() if isinstance(value, float | list)}, indent=1))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -26,9 +26,9 @@ from utils.distributed import init_distributed
 from utils.video import read_video
 from utils.video_ranks import VideoRanks, check_world, share_videos
 from utils.wan_wrapper import WanDiffusionWrapper
-from wan.configs import WanConfig
+from wan.configs import WAN_CONFIGS, WanConfig
 from wan.modules.pose import DWPoseEmbedding
-from wan.modules.sequence_parallel import Ulysses
+from wan.modules.sequence_parallel import Ulysses, check_heads
 
 SIZES = WanConfig(
     dim=48, ffn_dim=64, num_heads=6, num_layers=2, in_dim=4, out_dim=4, text_dim=12, text_len=5, freq_dim=16, pose_dim=8
@@ -198,6 +198,11 @@ def test_many_ranks_are_one_process(tiny_model_folder, tmp_path):
 
 
 def test_what_does_not_divide_is_refused(tiny_model_folder, capsys):
+    for model, numbers in (("Wan2.1-T2V-1.3B", (1, 2, 3, 4, 6)), ("Wan2.1-T2V-14B", (2, 4, 5, 8))):
+        for number in numbers:
+            check_heads(WAN_CONFIGS[model].num_heads, number)
+    with pytest.raises(ValueError, match="12 attention heads do not divide over 8 ranks; use one of 1, 2, 3, 4, 6, 12"):
+        check_heads(12, 8)
     check_world(8, 4, True)
     with pytest.raises(ValueError, match="sequence_parallel 3 needs 3 processes for a video, 4 processes came"):
         check_world(4, 3, False)
