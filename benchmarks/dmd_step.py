@@ -72,7 +72,7 @@ class DMDStep(ScoreDistillationTrainer):
                 for parameter in network.parameters():
                     parameter.uniform_(-0.03, 0.03)
         network.model.gradient_checkpointing = self.config.gradient_checkpointing
-        if self.config.compile:
+        if self.config.compiles:
             network.model.compile_blocks()
         return network.requires_grad_(True)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
+from pipeline.graphs import CudaRecorder
 from pipeline.teacache import TeaCache, load_coefficients
 from utils.checkpoint import load_generator
 from utils.config import Config
@@ -17,6 +18,7 @@ from utils.fingerprint import fingerprint
 from utils.video_ranks import VideoRanks, check_world
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 from wan.configs import WanConfig, find_model_folder
+from wan.modules.float8 import check_float8, quantise_linears
 from wan.modules.lora import find_lora
 from wan.modules.sequence_parallel import Ulysses, check_heads
 from wan.modules.weights import read_tensors
@@ -55,10 +57,36 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
     return generator.eval().requires_grad_(False)
 
 
+def accelerate(pipeline: CausalDiffusionInferencePipeline | BidirectionalInferencePipeline, config: Config) -> None:
+    """Make a loaded transformer as fast as `linear_dtype` and `compile` say. What changes its weights comes before.
+
+    Raises ValueError where the hardware or the model's dtype does not fit.
+    """
+    model = pipeline.generator.model
+    if config.linear_dtype == "bfloat16" and model.dtype != torch.bfloat16:
+        raise ValueError(f"linear_dtype is bfloat16, but the model is loaded in {model.dtype}; set dtype=bfloat16")
+    if config.linear_dtype == "float8":
+        check_float8(model.device)
+        logger.info("%d linear layers in float8, the others stay %s", quantise_linears(model), model.dtype)
+    if not config.compiles:
+        return
+    model.fuse_projections()
+    model.compile_blocks()
+    logger.info("compile=%s: a first video compiles on its way, later ones run at full speed", config.compile)
+    alone = config.causal and model.sequence_parallel is None
+    if config.compile == "max" and alone and model.device.type == "cuda":
+        pipeline.record_passes(CudaRecorder(model.device))
+    elif config.compile == "max":
+        logger.info("compile=max records passes of causal models on one GPU; here it does what default does")
+
+
 def build_vae(config: Config, device: torch.device) -> WanVAEWrapper:
-    """The VAE with the decoder and in the dtype that the config wants."""
+    """The VAE with the decoder, in the dtype and on the device that the config wants; device: the generator's."""
+    if config.vae_device != "auto":
+        device = resolve_device(config.vae_device)
     dtype = resolve_dtype(config.dtype if config.vae_dtype == "auto" else config.vae_dtype, device)
-    return WanVAEWrapper(config.model_name, decoder=config.vae_decoder, device=device, dtype=dtype)
+    options = {"decoder": config.vae_decoder, "device": device, "dtype": dtype, "compile": config.compiles}
+    return WanVAEWrapper(config.model_name, **options)
 
 
 def build_pipeline(
@@ -69,13 +97,15 @@ def build_pipeline(
 ) -> CausalDiffusionInferencePipeline | BidirectionalInferencePipeline:
     """Everything that turns prompts into pixels. device None: the config's. generator: one that is in training.
 
-    ranks: the processes that a video is shared with (utils.video_ranks.share_videos), for a config that wants them.
+    A generator that is built here is as fast as the config wants; one in training stays as it is. ranks: the processes
+    that a video is shared with (utils.video_ranks.share_videos), for a config that wants them.
     """
     if ranks is None:
         check_world(1, config.sequence_parallel, config.guidance_parallel)
     check_heads(WanConfig.from_folder(find_model_folder(config.model_name)).num_heads, config.sequence_parallel)
     device = resolve_device(config.device) if device is None else torch.device(device)
     dtype = resolve_dtype(config.dtype, device)
+    in_training = generator is not None
     generator = generator or build_generator(config, device, dtype)
     text_encoder = WanTextEncoder(config.model_name, device=device, dtype=dtype)
     vae = build_vae(config, device)
@@ -86,6 +116,8 @@ def build_pipeline(
     pipeline = assemble_pipeline(config, generator, text_encoder, vae, clip, ranks)
     if config.pose_ckpt:
         load_pose(pipeline, config)
+    if not in_training:
+        accelerate(pipeline, config)
     return pipeline
 
 
@@ -151,6 +183,7 @@ def assemble_pipeline(
         context_noise=config.context_noise,
         clean_context=config.clean_context,
         guidance_passes=config.guidance_passes,
+        vae_overlap=config.vae_overlap,
         independent_first_frame=config.independent_first_frame,
         **sampling,
     )

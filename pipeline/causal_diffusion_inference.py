@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.driving import DrivingVideo, latents_for, skipped_steps, whole_blocks
+from pipeline.graphs import CapturedPasses, Recorder
 from pipeline.image import ImageCondition, choose_image_mode, encode_image
+from pipeline.overlap import decoded_meanwhile
 from pipeline.pose import DrivingPose, PoseSteering, load_pose_networks, prepare_drawings
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
@@ -46,6 +48,10 @@ class CausalDiffusionInferencePipeline:
     passes over the same ranks (WanModel.share_passes). All have the latents; the first rank has the pictures, on the
     others videos have none ([B, 0, 3, height, width]).
 
+    vae_overlap: a block is decoded while the next one is denoised, for which the walk goes one block ahead; not on a
+    CPU, and not after a live driver (an iterable), whose next block may depend on this one's pictures. A VAE on another
+    GPU always works so. The pictures are the same.
+
     The caches are kept from call to call; one pipeline runs one stream at a time, and starting another ends the first.
     """
 
@@ -69,8 +75,10 @@ class CausalDiffusionInferencePipeline:
         guidance_passes: str = "auto",
         teacache: TeaCache | None = None,
         ranks: VideoRanks | None = None,
+        vae_overlap: bool = False,
     ):
         self.generator = generator
+        self.denoiser: WanDiffusionWrapper | CapturedPasses = generator  # what makes the passes, see record_passes
         self.text_encoder = text_encoder
         self.vae = vae
         self.clip = clip
@@ -94,6 +102,9 @@ class CausalDiffusionInferencePipeline:
         self.ranks = ranks or VideoRanks()
         self._plans: dict[tuple, tuple[bool, ...]] = {}
         self._streams = 0
+        self._walk_stream: torch.cuda.Stream | None = None  # of denoising, where decoding overlaps it
+        if self.device.type == "cuda" and (vae_overlap or vae.device != self.device):
+            self._walk_stream = torch.cuda.Stream(self.device)
         self.timesteps: list[float] | None = None
         if denoising_step_list:
             self.timesteps = few_step_times(denoising_step_list, generator.scheduler, warp=warp_denoising_step)
@@ -105,6 +116,10 @@ class CausalDiffusionInferencePipeline:
     @property
     def device(self) -> torch.device:
         return self.generator.model.device
+
+    def record_passes(self, recorder: Recorder) -> None:
+        """From now on passes over a cache are recorded and replayed, see pipeline.graphs."""
+        self.denoiser = CapturedPasses(self.generator, recorder)
 
     @torch.no_grad()
     def stream(self, noise: Tensor | None = None, text_prompts: Sequence[str] = (), **options) -> Iterator[Tensor]:
@@ -149,12 +164,22 @@ class CausalDiffusionInferencePipeline:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents and pixels of every block; after a driving video, as many frames as it has."""
         vae_cache, num_made = self.vae.make_cache(), 0
-        for latents, driving in self._walk(noise, text_prompts, video=video, **options):
+
+        def decode(latents: Tensor, driving: DrivingVideo | None) -> Tensor:
+            nonlocal num_made
             pixels = self.ranks.decode(self.vae, latents, vae_cache)
             if driving is not None:
                 pixels = pixels[:, : driving.num_frames - num_made]
             num_made += pixels.shape[1]
-            yield latents, pixels
+            return pixels
+
+        walk = self._walk(noise, text_prompts, video=video, **options)
+        drivers = [driver for driver in (video, options.get("dwpose_data")) if driver is not None]
+        if self._walk_stream is None or not all(isinstance(driver, Tensor) for driver in drivers):
+            for latents, driving in walk:
+                yield latents, decode(latents, driving)
+        else:
+            yield from decoded_meanwhile(walk, decode, self._walk_stream)
 
     @torch.no_grad()
     def encode_image(
@@ -268,7 +293,7 @@ class CausalDiffusionInferencePipeline:
         self._streams += 1
         stream = self._streams
         walk = rollout(
-            self.generator,
+            self.denoiser,
             paths,
             blocks,
             sample,
@@ -493,7 +518,7 @@ class CausalDiffusionInferencePipeline:
 
         scales = [*scales, self.guidance_scale][: max(1, sum(path.sides for path in paths) - 1)]
         computed = self._steps_computed(skip)
-        denoise = guided(self.generator, paths, block, scales, computed, sees_pose, self.ranks.all_sides)
+        denoise = guided(self.denoiser, paths, block, scales, computed, sees_pose, self.ranks.all_sides)
         if self.timesteps is not None:
             return few_step(denoise, noise, self.timesteps, self.generator.scheduler, draw, start=after, skip=skip)
         shift = self.generator.scheduler.shift

@@ -106,4 +106,7 @@ class SampleNoise:
         if shape[0] != len(self.generators):
             raise ValueError(f"{shape[0]} samples but {len(self.generators)} seeds; give one seed per prompt")
         rows = [torch.randn(tuple(shape[1:]), generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(self.device, non_blocking=True)
+        noise = torch.stack(rows)
+        if self.device.type == "cuda":  # a copy from pageable memory would wait for all that was launched before
+            noise = noise.pin_memory()
+        return noise.to(self.device, non_blocking=True)

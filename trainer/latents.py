@@ -156,7 +156,7 @@ class LatentTrainer(Trainer):
             load_generator(network, checkpoint, use_ema=use_ema)
         network.requires_grad_(True)
         network.model.gradient_checkpointing = config.gradient_checkpointing
-        if config.compile:
+        if config.compiles:
             network.model.compile_blocks()
         return network
 

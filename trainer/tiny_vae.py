@@ -56,7 +56,7 @@ class TinyVAETrainer(Trainer):
         start_simple_(self.tiny)
         channels_last_weights_(self.tiny)
         self.pool: dict[int, Clips] = {}
-        self.decode = torch.compile(self.tiny.decode, dynamic=False) if config.compile else self.tiny.decode
+        self.decode = torch.compile(self.tiny.decode, dynamic=False) if config.compiles else self.tiny.decode
         return [Player("tiny_vae", self.tiny, self.loss)]
 
     def sizes(self) -> dict:

@@ -45,7 +45,7 @@ class VAETrainer(Trainer):
         for parameter in self.vae.parameters():
             if parameter.dim() == 5:  # the layout that the VAE gives its activations
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-        self.compiled_losses = torch.compile(self._losses, dynamic=False) if self.config.compile else self._losses
+        self.compiled_losses = torch.compile(self._losses, dynamic=False) if self.config.compiles else self._losses
         self.eval_clips: Clips | None = None
         self.num_video_frames = 1 + self.vae.temporal_stride * (self.config.num_training_frames - 1)
         return [Player("vae", self.vae, self.loss)]

@@ -259,8 +259,11 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
     attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
-    compile: bool = False
+    compile: Literal["off", "default", "max"] = "off"  # default (or true): blocks; max: inference in CUDA graphs, too
+    linear_dtype: Literal["auto", "bfloat16", "float8"] = "auto"  # of inference's linear layers; auto: as dtype
     vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as dtype
+    vae_device: str = "auto"  # where pictures are made: auto (as device), or another GPU, which decodes meanwhile
+    vae_overlap: bool = False  # a block is decoded while the next one is denoised; a live driver comes a block earlier
     vae_decoder: Literal["full", "tiny"] = "full"  # tiny: the folder's taew2_1 makes the pictures, softer and faster
 
     # --- training ---
@@ -296,6 +299,11 @@ class Config:
     gan: GanConfig = field(default_factory=GanConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is wanted."""
+        return self.compile != "off"
 
     def check(self) -> None:
         """Refuse values and pairs of values that cannot work, each with a way out."""
@@ -435,6 +443,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     layers += [("command line", _read_override(item)) for item in overrides or []]
     merged = OmegaConf.structured(Config)
     for source, settings in layers:
+        if isinstance(settings.get("compile"), bool):  # YAML reads "off" as false
+            settings["compile"] = "default" if settings["compile"] else "off"
         _refuse_unknown(source, settings, Config)
         try:
             merged = OmegaConf.merge(merged, settings)

@@ -23,7 +23,7 @@ from wan.configs import (
 from wan.modules.causal_model import CausalWanModel
 from wan.modules.clip import load_clip_vision
 from wan.modules.kv_cache import KVCache
-from wan.modules.model import Features, Shortcut, WanModel
+from wan.modules.model import Features, Shortcut, WanModel, allow_graphs
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5
 from wan.modules.tiny_vae import TinyVAE, load_tiny_vae
 from wan.modules.vae import Strip, VAECache, WanVAE, load_vae
@@ -195,7 +195,8 @@ class WanVAEWrapper(nn.Module):
     """Pixels <-> latents in the layout upstairs, a few latents at a time so that memory does not grow with the clip.
 
     decoder: "full" is Wan's own; "tiny" makes pictures with the folder's `taew2_1` file, softer and many times faster.
-    Encoding is always Wan's own: a generator's latents are what it knows.
+    Encoding is always Wan's own: a generator's latents are what it knows. compile: decode by compiled graphs, one for
+    each number of latents that comes, of a video's beginning and of its rest.
 
     Use `reset_cache` before the first `decode_to_pixel(..., use_cache=True)` of a new video.
     """
@@ -208,6 +209,7 @@ class WanVAEWrapper(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         latents_per_chunk: int = 4,
+        compile: bool = False,
     ):
         super().__init__()
         if decoder not in ("full", "tiny"):
@@ -223,11 +225,19 @@ class WanVAEWrapper(nn.Module):
             )
         self.latents_per_chunk = latents_per_chunk
         self.cache: VAECache | None = None
+        self._decode = self.decoder.decode
+        if compile:
+            allow_graphs()
+            self._decode = torch.compile(self.decoder.decode, dynamic=False, fullgraph=True)
 
     def _to_model(self, x: Tensor) -> Tensor:
         """[B, F, C, H, W] -> [B, C, F, H, W], on the VAE's device and in its dtype."""
         weight = next(self.model.parameters())
         return x.transpose(1, 2).to(weight.device, weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def decoder(self) -> WanVAE | TinyVAE:
@@ -283,7 +293,7 @@ class WanVAEWrapper(nn.Module):
             cache = (self.cache if use_cache else None) or self.make_cache()
         chunks = self._to_model(latents).split(self.latents_per_chunk, dim=2)
         options = {} if strip is None else {"strip": strip}
-        pixels = torch.cat([self.decoder.decode(chunk, cache, **options).float() for chunk in chunks], dim=2)
+        pixels = torch.cat([self._decode(chunk, cache, **options).float() for chunk in chunks], dim=2)
         if use_cache:
             self.cache = cache
         return pixels.transpose(1, 2).clamp_(-1, 1)

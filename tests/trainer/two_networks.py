@@ -37,7 +37,7 @@ class TwoNetworks(Trainer):
         self.teacher = self.freeze(self.network(1, is_causal=False))
         self.generator, self.critic = self.network(2, is_causal=True), self.network(3, is_causal=False)
         self.generator.model.gradient_checkpointing = self.config.gradient_checkpointing
-        if self.config.compile:
+        if self.config.compiles:
             self.generator.model.compile_blocks(backend="inductor" if self.device.type == "cuda" else "aot_eager")
         torch.manual_seed(4)
         self.mix = nn.Linear(4, 4).to(self.device)

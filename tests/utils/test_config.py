@@ -24,6 +24,19 @@ def test_layers_override_each_other(tmp_path: Path):
     assert config.denoising_step_list == [1000.0, 500.0]
 
 
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [("true", "default"), ("false", "off"), ("off", "off"), ("on", "default"), ("default", "default"), ("max", "max")],
+)
+def test_compile_takes_words_and_booleans(given: str, word: str, tmp_path: Path):
+    """YAML itself reads off and on as booleans."""
+    config = load_config(overrides=[f"compile={given}"])
+    (tmp_path / "given.yaml").write_text(f"compile: {given}\n")
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "given.yaml") == load_config(tmp_path / "resolved.yaml") == config
+    assert (config.compile, config.compiles) == (word, word != "off")
+
+
 def test_hash_follows_the_settings():
     assert config_hash(load_config()) == config_hash(load_config(overrides=["seed=0"]))
     assert config_hash(load_config()) != config_hash(load_config(overrides=["seed=1"]))
@@ -46,6 +59,7 @@ def test_relative_path_is_found_from_any_directory(tmp_path: Path, monkeypatch):
         (["optimizer.lr=[1]"], "setting 'optimizer.lr'"),
         (["optimizer=3"], "setting 'optimizer'"),
         (["solver=heun"], "setting 'solver'"),
+        (["compile=fast"], "setting 'compile'"),
         (["fps"], "'fps' is not of the form key=value"),
         (["negative_prompt=[a"], "not valid YAML"),
         (["num_output_frames=10"], "10 latent frames do not split into blocks of 3; use 9 or 12"),

@@ -8,7 +8,7 @@ from .attention import Attend, attention, masked_attention
 from .kv_cache import KVCache, KVContext
 from .masks import BlockCausalMask, check_window
 from .model import Shortcut, WanModel
-from .rope import rope_frequencies
+from .rope import Rope, rope_frequencies
 
 ROPE_BASES = ("absolute", "window")
 
@@ -75,7 +75,8 @@ class CausalWanModel(WanModel):
         tokens, grid = self.embed(x, y, add_condition)
         t = self.frame_times(t, grid[0])
         if kv_cache is not None:
-            attend = self._attend_cached(kv_cache, kv_cache.context(grid[0]), grid)
+            past = kv_cache.context(grid[0])
+            attend = self.attend_cached(past, self.stream_rope(past, *grid[1:]))
             return self.run(tokens, t, context, clip_fea, attend, grid, kv_cache, shortcut=shortcut)
         if clean_x is not None:
             clean_tokens, _ = self.embed(clean_x, y, add_condition)
@@ -107,29 +108,35 @@ class CausalWanModel(WanModel):
 
         return attend
 
-    def _attend_cached(self, kv_cache: KVCache, past: KVContext, grid: tuple[int, int, int]) -> Attend:
-        frames = range(past.start_frame, past.stop_frame)
-        device, backend = kv_cache.keys[0].device, self.attention_backend
+    def stream_rope(self, past: KVContext, height: int, width: int) -> tuple[Rope, Rope]:
+        """Rotations of a block's own tokens, and of the keys that `attend_cached` finds in the slab.
+
+        The second is that of the block's own keys, too, where keys are remembered rotated (rope_base "absolute").
+        height, width: in tokens.
+        """
+        frames, size = range(past.start_frame, past.stop_frame), (height, width, self.device)
         if self.rope_base == "absolute":
-            rope = rope_frequencies(self.config.head_dim, frames, *grid[1:], device=device)
-
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                keys, values = past.extend(layer, self.rotate(k, rope), v)
-                return attention(self.rotate(q, rope), keys, values, backend)
-
-            return attend
-
+            own = rope_frequencies(self.config.head_dim, frames, *size)
+            return own, own
         # Window-relative: the i-th oldest visible frame stands at position i. Keys lie in the slab as they came.
         position = {frame: i for i, frame in enumerate(sorted(past.frames))}
-        own_rope = rope_frequencies(self.config.head_dim, [position[f] for f in frames], *grid[1:], device=device)
-        slab_positions = [position[f] for f in past.frames]
-        slab_rope = rope_frequencies(self.config.head_dim, slab_positions, *grid[1:], device=device)
+        own = rope_frequencies(self.config.head_dim, [position[f] for f in frames], *size)
+        return own, rope_frequencies(self.config.head_dim, [position[f] for f in past.frames], *size)
+
+    def attend_cached(self, past: KVContext, rope: tuple[Rope, Rope]) -> Attend:
+        """Self-attention of a block and its past; the block's keys are written on the way. rope: stream_rope's."""
+        own_rope, slab_rope = rope
+        backend = self.attention_backend
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = past.extend(layer, self.rotate(k, own_rope), v)
+            return attention(self.rotate(q, own_rope), keys, values, backend)
 
         def attend_in_window(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = past.extend(layer, k, v)
             return attention(self.rotate(q, own_rope), self.rotate(keys, slab_rope), values, backend)
 
-        return attend_in_window
+        return attend if self.rope_base == "absolute" else attend_in_window
 
     def cache_capacity(self, num_frames: int | None, *, keep_all: bool = False) -> int:
         """Latent frames that a cache holds for a video of num_frames (None: without end)."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .float8 import Float8Linear
+
 logger = logging.getLogger(__name__)
 
 # pipe.dit.blocks.0.self_attn.q.lora_A.default.weight (PEFT), diffusion_model.blocks.0.self_attn.q.lora_down.weight, ...
@@ -70,6 +72,11 @@ def merge_lora(model: nn.Module, tensors: Mapping[str, Tensor], alpha: float = 1
     updates = find_lora(tensors)
     if not updates:
         raise ValueError(f"no LoRA tensors (*.lora_A.weight, *.lora_B.weight) among {len(tensors)}")
+    if any(isinstance(module, Float8Linear) for module in model.modules()):
+        raise ValueError(
+            "a LoRA cannot be merged into float8 weights; name it in the config (pose_ckpt), which merges it before "
+            "they are rounded, or set linear_dtype=auto"
+        )
     weights = dict(model.named_parameters())
     for module, update in updates.items():
         weight, shape = weights.get(f"{module}.weight"), (update.up.shape[0], update.down.shape[1])

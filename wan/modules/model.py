@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..configs import WanConfig, how_to_get
 from .attention import Attend, attention, check_backend
+from .kv_cache import Keys, KVCache
 from .rope import apply_rope, rope_frequencies
 from .sequence_parallel import Ulysses, check_heads
 from .weights import load_weights, save_safetensors
 
 MAX_GRAPHS = 64  # of one compiled function: networks and lengths of a clip, with and without gradient
-Keys = tuple[Tensor, Tensor]  # keys and values of a prompt or an image, [B, T, N, D] each
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -74,6 +74,7 @@ class WanSelfAttention(nn.Module):
         dim = config.dim
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.qkv: tuple[Tensor, Tensor] | nn.Module | None = None  # q, k and v in one: see fuse_projections, and float8
         self.norm_q, self.norm_k = (WanRMSNorm(dim, config.eps) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def heads(self, x: Tensor) -> Tensor:
@@ -81,7 +82,31 @@ class WanSelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, L, N, D]."""
-        return self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+        if self.qkv is None:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        else:
+            joined = F.linear(x, *self.qkv) if isinstance(self.qkv, tuple) else self.qkv(x)
+            q, k, v = joined.chunk(3, dim=-1)
+        return self.heads(self.norm_q(q)), self.heads(self.norm_k(k)), self.heads(v)
+
+    @torch.no_grad()
+    def fuse_projections(self) -> None:
+        """One product for q, k and v; their own weights become views of its matrix, so names and merging stay."""
+        if isinstance(self.qkv, nn.Module):  # in float8 they are one already
+            return
+        parts = (self.q, self.k, self.v)
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        for part, its_weight, its_bias in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
+            part.weight = nn.Parameter(its_weight, requires_grad=part.weight.requires_grad)
+            part.bias = nn.Parameter(its_bias, requires_grad=part.bias.requires_grad)
+        self.qkv = weight, bias
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        """Moved or cast, each weight has memory of its own again."""
+        super()._apply(fn, recurse)
+        if self.qkv is not None:
+            self.fuse_projections()
+        return self
 
 
 class WanCrossAttention(WanSelfAttention):
@@ -387,7 +412,7 @@ class WanModel(nn.Module):
         clip_fea: Tensor | None,
         attend: Attend,
         grid: tuple[int, int, int],
-        kv_cache=None,
+        kv_cache: KVCache | None = None,
         num_head_frames: int | None = None,
         taps: Sequence[int] = (),
         shortcut: Shortcut | None = None,
@@ -427,19 +452,13 @@ class WanModel(nn.Module):
         context: Tensor,
         clip_fea: Tensor | None,
         attend: Attend,
-        kv_cache,
+        kv_cache: KVCache | None,
         taps: Sequence[int],
         tapped: list[Tensor],
     ) -> Tensor:
         """Tokens [B, L, dim] after all blocks; those after every tapped one are appended to `tapped`."""
         remember = kv_cache if not torch.is_grad_enabled() else None
-        text = image = None  # embedded when a layer first asks
-        if remember is None or remember.text[0] is None:
-            text = self.embed_text(context)
-        if self.config.model_type == "i2v" and (remember is None or remember.image[0] is None):
-            if clip_fea is None:
-                raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim], the tokens of CLIPModel")
-            image = self.img_emb(clip_fea.to(self.dtype))
+        text, image = self.embed_prompt(context, clip_fea, remember)
         for layer, block in enumerate(self.blocks):
             prompt = (text, image) if remember is None else remembered_keys(block, layer, text, image, remember)
             arguments = (tokens, modulation, layer, attend, *prompt, self.attention_backend)
@@ -449,6 +468,28 @@ class WanModel(nn.Module):
                 tokens = block(*arguments)
             tapped += [tokens] * taps.count(layer)
         return tokens
+
+    def embed_prompt(
+        self, context: Tensor, clip_fea: Tensor | None, remembered: KVCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Prompt and image [B, T, dim], each None where the cache has its keys already."""
+        text = image = None
+        if remembered is None or remembered.text[0] is None:
+            text = self.embed_text(context)
+        if self.config.model_type == "i2v" and (remembered is None or remembered.image[0] is None):
+            if clip_fea is None:
+                raise ValueError("an i2v model needs clip_fea [B, 257, clip_dim], the tokens of CLIPModel")
+            image = self.img_emb(clip_fea.to(self.dtype))
+        return text, image
+
+    @torch.no_grad()
+    def read_prompt(self, context: Tensor, clip_fea: Tensor | None, kv_cache: KVCache) -> None:
+        """Put the keys of prompt and image of all layers into the cache, where they are missing."""
+        text, image = self.embed_prompt(context, clip_fea, kv_cache)
+        if text is None and image is None:
+            return
+        for layer, block in enumerate(self.blocks):
+            remembered_keys(block, layer, text, image, kv_cache)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, F*h*w, prod(patch) * C] -> [B, C, F*pf, h*ph, w*pw]; in a patch the channel varies fastest."""
@@ -488,6 +529,11 @@ class WanModel(nn.Module):
         weights = self.state_dict() if weights is None else weights
         save_safetensors(weights, folder / "diffusion_pytorch_model.safetensors", dtype)
 
+    def fuse_projections(self) -> None:
+        """Queries, keys and values of self-attention as one product in every block; state dicts keep names."""
+        for block in self.blocks:
+            block.self_attn.fuse_projections()
+
     def compile_blocks(self, **kwargs) -> None:
         """Compile what blocks do before and after self-attention; kwargs go to torch.compile. State dicts keep names.
 
@@ -496,7 +542,7 @@ class WanModel(nn.Module):
         gather sharded weights. Every shape has its graph, none grows dynamic: a checkpointed block that is recomputed
         must find the graph that it first ran.
         """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+        allow_graphs()
         options = {"dynamic": False, **kwargs}
         for half in ("before_attention", "after_attention"):
             compiled = torch.compile(getattr(WanAttentionBlock, half), **options)
@@ -505,12 +551,19 @@ class WanModel(nn.Module):
         self.rotate = torch.compile(apply_rope, **options)
 
 
+def allow_graphs() -> None:
+    """Let torch.compile keep MAX_GRAPHS of a function; past its own limit of 8 it would run the function eagerly."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+
+
 def remembered_keys(
-    block: WanAttentionBlock, layer: int, text: Tensor | None, image: Tensor | None, kv_cache
+    block: WanAttentionBlock, layer: int, text: Tensor | None, image: Tensor | None, kv_cache: KVCache
 ) -> tuple[Keys, Keys | None]:
     """The keys of prompt and image of one layer out of the cache; what was embedded anew is put there first."""
     if text is not None or image is not None:
         text_keys, image_keys = block.prompt_keys(text, image)
-        kv_cache.text[layer] = text_keys or kv_cache.text[layer]
-        kv_cache.image[layer] = image_keys or kv_cache.image[layer]
+        if text_keys is not None:
+            kv_cache.remember_text(layer, text_keys)
+        if image_keys is not None:
+            kv_cache.remember_image(layer, image_keys)
     return kv_cache.text[layer], kv_cache.image[layer]

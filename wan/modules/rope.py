@@ -13,6 +13,7 @@ from torch import Tensor
 from .masks import runs
 
 _BASE = 10000.0
+Rope = tuple[Tensor, Tensor]  # cosines and sines of tokens, float32 [L, 1, D/2] each
 
 
 def _axis_angles(positions: Tensor, num_pairs: int) -> Tensor:
@@ -23,7 +24,7 @@ def _axis_angles(positions: Tensor, num_pairs: int) -> Tensor:
 
 def rope_frequencies(
     head_dim: int, frames: Sequence[int], height: int, width: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
+) -> Rope:
     """Cosines and sines for the tokens of the given frames, ordered frame, row, column.
 
     frames: absolute latent frame indices (any integers, in any order); height, width: in tokens.
@@ -45,7 +46,7 @@ def rope_frequencies(
     return angles.cos().float(), angles.sin().float()
 
 
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate adjacent pairs of x [B, L, N, D] by rope = (cos, sin), each [L, 1, D/2]; float32 inside, dtype kept."""
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

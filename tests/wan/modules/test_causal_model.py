@@ -314,8 +314,8 @@ def test_flex_attention_equals_its_dense_twin(monkeypatch):
     torch.testing.assert_close(flex.cpu(), dense, atol=2e-3, rtol=2e-3)  # flex multiplies in tf32
 
 
-@pytest.mark.parametrize("layers", [2, 3])
-def test_compiled_blocks_share_their_graphs_over_layers_and_pasts(layers: int):
+@pytest.mark.parametrize(("layers", "fused"), [(2, False), (3, False), (3, True)])
+def test_compiled_blocks_share_their_graphs_over_layers_and_pasts(layers: int, fused: bool):
     """Without gradient a stream of three blocks, then a pass with one: a pair of graphs and a rotation each."""
 
     def walk(model: CausalWanModel) -> list[torch.Tensor]:
@@ -331,7 +331,45 @@ def test_compiled_blocks_share_their_graphs_over_layers_and_pasts(layers: int):
     torch._dynamo.reset()
     model, graphs = toy_model(config=replace(TOY, num_layers=layers), num_frame_per_block=1), []
     expected = walk(model)
+    if fused:
+        model.fuse_projections()
     model.compile_blocks(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for found, flow in zip(walk(model), expected, strict=True):
         torch.testing.assert_close(found, flow)
     assert len(graphs) == 6
+
+
+def test_fused_projections_give_the_same_numbers_and_keep_their_names():
+    plain, fused = (toy_model(num_frame_per_block=2) for _ in range(2))
+    fused.fuse_projections()
+    x, t, context = torch.randn(1, TOY.in_dim, 4, 4, 4), torch.full((1, 4), 500.0), torch.randn(1, 5, TOY.text_dim)
+
+    def same() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x, t, context), plain(x, t, context), atol=1e-6, rtol=1e-6)
+        assert list(fused.state_dict()) == list(plain.state_dict())
+        assert all(torch.equal(one, two) for one, two in zip(fused.parameters(), plain.parameters(), strict=True))
+
+    same()
+    for model in (plain, fused):  # as a LoRA is merged
+        model.blocks[0].self_attn.k.weight.data.mul_(2)
+    same()
+    for model in (plain, fused):
+        model.load_state_dict(toy_model(seed=3).state_dict())
+        model.double().float()  # every weight has memory of its own again
+        model.blocks[1].self_attn.v.weight.data.add_(1)
+    same()
+
+
+def test_another_prompt_comes_to_where_the_last_one_lay():
+    model = toy_model(num_frame_per_block=1)
+    cache, fresh = (model.make_kv_cache(1, 4, 4, 2) for _ in range(2))
+    x, t = torch.randn(1, TOY.in_dim, 1, 4, 4), torch.full((1, 1), 500.0)
+    first, second = torch.randn(2, 1, 5, TOY.text_dim)
+    with torch.no_grad():
+        model(x, t, first, kv_cache=cache)
+        addresses = [tensor.data_ptr() for keys in cache.text for tensor in keys]
+        cache.forget_prompt()
+        model.read_prompt(second, None, cache)
+        assert [tensor.data_ptr() for keys in cache.text for tensor in keys] == addresses
+        assert torch.equal(model(x, t, None, kv_cache=cache), model(x, t, second, kv_cache=fresh))
