@@ -8,12 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.build import build_pipeline
-from pipeline.graphs import CapturedPasses
+from pipeline import CausalDiffusionInferencePipeline
+from pipeline.build import accelerate, build_pipeline
+from pipeline.graphs import CapturedPasses, CudaRecorder
 from pipeline.rollout import Path, plan_blocks, rollout
-from tests.pipeline.test_causal_diffusion_inference import SIZE, toy_pipeline
+from tests.pipeline.test_causal_diffusion_inference import SIZE, LatentsAsPixels, toy_pipeline
 from utils.conditioning import Conditioning
 from utils.config import load_config
+from utils.wan_wrapper import WanDiffusionWrapper
+from wan.configs import WanConfig
 
 
 class Tape(TorchDispatchMode):
@@ -162,3 +165,86 @@ def test_recordings_go_with_their_cache():
         next(pipeline.stream(text_prompts=["a"], seeds=[1], height=size, width=32))
         gc.collect()
         assert list(pipeline.denoiser.passes) == [pipeline.kv_cache_pos]
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+SIZES = WanConfig(
+    dim=256, ffn_dim=512, num_heads=2, num_layers=4, in_dim=4, out_dim=4, text_dim=12, text_len=5, freq_dim=32
+)
+WALKS = [{}, {"local_attn_size": 12, "sink_size": 3}]
+
+
+def gpu_pipeline(dtype: torch.dtype, **window) -> CausalDiffusionInferencePipeline:
+    """Four steps, blocks of three, weights of a size that makes itself felt; drawn in float32, whatever the dtype."""
+    torch.manual_seed(0)
+    generator = WanDiffusionWrapper(is_causal=True, from_scratch=True, model_config=SIZES, **window)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.06)
+    words = torch.randn(1, 5, 12).to("cuda", dtype)
+    generator = generator.to("cuda", dtype).eval().requires_grad_(False)
+    steps = [1000, 750, 500, 250]
+    return CausalDiffusionInferencePipeline(
+        generator, lambda prompts: words, LatentsAsPixels(), denoising_step_list=steps
+    )
+
+
+def latents_of(pipeline: CausalDiffusionInferencePipeline) -> torch.Tensor:
+    options = {"text_prompts": ["a"], "seeds": [1], "num_frames": 21, "height": 128, "width": 128}
+    return pipeline.inference(**options, return_latents=True)[1]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("walk", WALKS, ids=["whole past", "window and sink"])
+def test_cuda_graphs_compute_what_launches_do(walk: dict):
+    """Over 21 latents, three times: as the passes come and are recorded, then replayed only."""
+    pipeline = gpu_pipeline(torch.bfloat16, **walk)
+    expected = latents_of(pipeline)
+    pipeline.record_passes(CudaRecorder(pipeline.device))
+    for _ in range(3):
+        assert relative(latents_of(pipeline), expected) < 1e-3  # the same kernels: equal, but for their choice
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("walk", WALKS, ids=["whole past", "window and sink"])
+@pytest.mark.parametrize(("linear_dtype", "share"), [("auto", 2.0), ("float8", 40.0)])
+def test_max_is_off_within_the_error_of_bfloat16(walk: dict, linear_dtype: str, share: float):
+    """Off and float32 are as far apart as bfloat16 makes them; max may be so far from off, too: `share` times."""
+    off = latents_of(gpu_pipeline(torch.bfloat16, **walk))
+    allowed = share * relative(off, latents_of(gpu_pipeline(torch.float32, **walk)))
+    fast = gpu_pipeline(torch.bfloat16, **walk)
+    accelerate(fast, load_config(overrides=["compile=max", f"linear_dtype={linear_dtype}"]))
+    for _ in range(2):
+        assert 0 < relative(latents_of(fast), off) < allowed
+
+
+@pytest.mark.gpu
+def test_a_prompt_may_change_in_mid_stream_of_cuda_graphs(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # a trainer's test before it may have set it
+    generator = toy_pipeline(window=4).generator.cuda()
+    passes, cache = (
+        CapturedPasses(generator, CudaRecorder(generator.model.device)),
+        generator.model.make_kv_cache(1, 4, 4),
+    )
+    expected = switched(generator, generator.model.make_kv_cache(1, 4, 4))
+    for _ in range(3):
+        cache.reset()
+        same(switched(passes, cache), expected)
+    assert len(passes.passes[cache]) == 3
+
+
+@pytest.mark.gpu
+def test_replays_never_wait_for_the_device():
+    pipeline = gpu_pipeline(torch.bfloat16, local_attn_size=12, sink_size=3)
+    pipeline.record_passes(CudaRecorder(pipeline.device))
+    stream = pipeline.stream(text_prompts=["a"], seeds=[1], height=128, width=128)
+    assert len(list(islice(stream, 8))) == 8
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(islice(stream, 6))) == 6
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
