@@ -211,7 +211,7 @@ def test_cuda_graphs_compute_what_launches_do(walk: dict):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("walk", WALKS, ids=["whole past", "window and sink"])
-@pytest.mark.parametrize(("linear_dtype", "share"), [("auto", 2.0), ("float8", 40.0)])
+@pytest.mark.parametrize(("linear_dtype", "share"), [("auto", 2.0), ("float8", 10.0)])
 def test_max_is_off_within_the_error_of_bfloat16(walk: dict, linear_dtype: str, share: float):
     """Off and float32 are as far apart as bfloat16 makes them; max may be so far from off, too: `share` times."""
     off = latents_of(gpu_pipeline(torch.bfloat16, **walk))
