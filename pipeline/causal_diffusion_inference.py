@@ -103,7 +103,8 @@ class CausalDiffusionInferencePipeline:
         self._plans: dict[tuple, tuple[bool, ...]] = {}
         self._streams = 0
         self._walk_stream: torch.cuda.Stream | None = None  # of denoising, where decoding overlaps it
-        if self.device.type == "cuda" and (vae_overlap or vae.device != self.device):
+        alone = self.ranks.together is None  # ranks that decode together wait for each other as it is
+        if self.device.type == "cuda" and alone and (vae_overlap or vae.device != self.device):
             self._walk_stream = torch.cuda.Stream(self.device)
         self.timesteps: list[float] | None = None
         if denoising_step_list:
