@@ -15,7 +15,7 @@ from utils.checkpoint import load_generator
 from utils.config import Config
 from utils.distributed import resolve_device, resolve_dtype
 from utils.fingerprint import fingerprint
-from utils.video_ranks import VideoRanks, check_world
+from utils.video_ranks import VideoRanks
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 from wan.configs import WanConfig, find_model_folder
 from wan.modules.float8 import check_float8, quantise_linears
@@ -100,8 +100,11 @@ def build_pipeline(
     A generator that is built here is as fast as the config wants; one in training stays as it is. ranks: the processes
     that a video is shared with (utils.video_ranks.share_videos), for a config that wants them.
     """
-    if ranks is None:
-        check_world(1, config.sequence_parallel, config.guidance_parallel)
+    if ranks is None and (config.sequence_parallel > 1 or config.guidance_parallel):
+        raise ValueError(
+            "sequence_parallel and guidance_parallel share a video among the processes of torchrun inference.py; this "
+            "program makes it in one: leave them out"
+        )
     check_heads(WanConfig.from_folder(find_model_folder(config.model_name)).num_heads, config.sequence_parallel)
     device = resolve_device(config.device) if device is None else torch.device(device)
     dtype = resolve_dtype(config.dtype, device)

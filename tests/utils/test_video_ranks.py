@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor
 import inference
 from benchmarks import usp
 from pipeline import BidirectionalInferencePipeline, CausalDiffusionInferencePipeline
+from pipeline.build import build_pipeline
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step
 from pipeline.teacache import TeaCache
@@ -197,6 +199,17 @@ def test_many_ranks_are_one_process(tiny_model_folder, tmp_path):
         assert (found - expected).abs().mean() < 1e-3, path.name  # x264 makes much of one pixel's last bit
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one(tmp_path):
+    """Messages through NCCL, and in float32, so that an error is no rounding."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "benchmarks/usp.py"]
+    command += ["--preset", "embedded", "--repeats", "1", "--out", str(tmp_path / "usp.json")]
+    subprocess.run([*command, "dtype=float32", "num_output_frames=6"], cwd=gloo.ROOT, check=True, timeout=120)
+    figures = json.loads((tmp_path / "usp.json").read_text())
+    assert figures["flow_error"] < 1e-4 and figures["latents_error"] < 1e-3
+
+
 def test_what_does_not_divide_is_refused(tiny_model_folder, capsys):
     for model, numbers in (("Wan2.1-T2V-1.3B", (1, 2, 3, 4, 6)), ("Wan2.1-T2V-14B", (2, 4, 5, 8))):
         for number in numbers:
@@ -211,6 +224,8 @@ def test_what_does_not_divide_is_refused(tiny_model_folder, capsys):
     folder = f"model_name={tiny_model_folder}"
     assert inference.main(["--prompt", "a", folder, "sequence_parallel=2"]) == 1
     assert "1 process came; start with torchrun --nproc_per_node=2" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="this program makes it in one"):
+        build_pipeline(load_config(None, [folder, "guidance_parallel=true"]), "cpu")
     for settings, message in (
         (["sequence_parallel=0"], "at least 1"),
         (["guidance_parallel=true", "guidance_scale=1"], "no guidance to share: guidance_scale 1"),
