@@ -269,10 +269,10 @@ def make_video(
         pieces = video_pieces(prompt.video, config.fps, config.height, config.width)
         options |= {"video": (piece[None] for piece in pieces), "strength": config.strength}
     if prompt.pose is not None:
-        source = open_pose(prompt.pose, config.fps, size, config.pose_drawing, prompt.ref_pose)
+        source = open_pose(prompt.pose, config.fps, size, config.drawing_profile, prompt.ref_pose)
         options |= {"dwpose_data": (piece[None] for piece in source.pieces()), "pose_strength": config.pose_strength}
     if prompt.ref_pose is not None and (prompt.image is not None or not is_keypoints(prompt.ref_pose)):
-        options["random_ref_dwpose"] = open_reference_pose(prompt.ref_pose, size, config.pose_drawing)[None]
+        options["random_ref_dwpose"] = open_reference_pose(prompt.ref_pose, size, config.drawing_profile)[None]
     for pixels in pipeline.stream(
         text_prompts=[prompt.text],
         seeds=[request.seed],

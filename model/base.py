@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.conditioning import Conditioning
+from utils.dataset import Controls
 from utils.distributed import SampleRngs
 
 
@@ -16,12 +17,13 @@ class Batch:
     """Training samples after encoding.
 
     clean_latent: [B, F, C, H, W], None where words are all there is; conditioning: of the same B samples; negative:
-    the unguided side, where an objective asks a guided teacher.
+    the unguided side, where an objective asks a guided teacher; controls: drawings and images that some come with.
     """
 
     clean_latent: Tensor | None
     conditioning: Conditioning
     negative: Conditioning | None = None
+    controls: Controls | None = None
 
 
 # (batch, rngs) -> (scalar, metrics): all randomness comes from rngs; metrics are detached tensors.

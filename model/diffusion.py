@@ -35,7 +35,9 @@ class CausalDiffusion:
         denoising_loss_type: str = "flow",
         timestep_sampling: Literal["uniform", "logit_normal"] = "uniform",
         timestep_weighting: bool = False,
+        image_first: bool = False,
     ):
+        """image_first (teacher forcing): frame 0 is a given image, seen clean by all that follow and not learned."""
         if teacher_forcing and not is_causal:
             raise ValueError("a bidirectional model has no context to force; set teacher_forcing: false")
         self.generator = generator
@@ -43,7 +45,8 @@ class CausalDiffusion:
         self.is_causal = is_causal
         self.teacher_forcing = teacher_forcing
         self.num_frame_per_block = num_frame_per_block
-        self.independent_first_frame = independent_first_frame
+        self.independent_first_frame = independent_first_frame or image_first
+        self.image_first = image_first
         self.noise_augmentation_max_timestep = noise_augmentation_max_timestep
         self.denoising_loss = DENOISING_LOSSES[denoising_loss_type]
         self.timestep_sampling = timestep_sampling
@@ -51,15 +54,22 @@ class CausalDiffusion:
 
     def loss(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a batch, and how it splits over low, middle and high noise."""
+        error, weight, t = self.errors(batch, rngs)
+        return (weight * error).mean(), by_noise_level(error.detach(), t)
+
+    def errors(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared error, its weight, and the time it was made at, of every frame that is learned: [B, F] each."""
         x0 = batch.clean_latent.float()
         t = self.timesteps(x0.shape[1], rngs)
         noise = rngs.randn(*x0.shape[1:])
         x_t = self.scheduler.add_noise(x0, noise, t)
         clean_x, aug_t = self.context(x0, rngs) if self.teacher_forcing else (None, None)
-        flow_pred, _ = self.generator(x_t, batch.conditioning, t, clean_x=clean_x, aug_t=aug_t)
+        options = {"image_first": True} if self.image_first else {}
+        flow_pred, _ = self.generator(x_t, batch.conditioning, t, clean_x=clean_x, aug_t=aug_t, **options)
         error = self.denoising_loss(flow_pred, x0, noise, x_t, t)
         weight = self.scheduler.training_weight(t) if self.timestep_weighting else torch.ones_like(t)
-        return (weight * error).mean(), _by_noise_level(error.detach(), t)
+        learned = slice(int(self.image_first), None)
+        return error[:, learned], weight[:, learned], t[:, learned]
 
     def timesteps(self, num_frames: int, rngs: SampleRngs) -> Tensor:
         """Shifted times [B, F] in [0, 1000]: one draw per block, or per clip when bidirectional."""
@@ -79,10 +89,12 @@ class CausalDiffusion:
             return x0, aug_t
         level, coin = rngs.rand(2).unbind(1)
         aug_t = aug_t + (self.noise_augmentation_max_timestep * level * (coin < 0.5))[:, None]
+        if self.image_first:
+            aug_t[:, 0] = 0
         return self.scheduler.add_noise(x0, rngs.randn(*x0.shape[1:]), aug_t), aug_t
 
 
-def _by_noise_level(error: Tensor, t: Tensor) -> dict[str, Tensor]:
+def by_noise_level(error: Tensor, t: Tensor) -> dict[str, Tensor]:
     """Mean error over frames with t in the lower, middle and upper third; 0 where there are none."""
     third = (t / 1000 * 3).long().clamp(0, 2)
     return {

@@ -17,7 +17,7 @@ from utils.distributed import resolve_device, resolve_dtype
 from utils.fingerprint import fingerprint
 from utils.video_ranks import VideoRanks
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
-from wan.configs import WanConfig, find_model_folder
+from wan.configs import WanConfig, find_model_folder, pose_file
 from wan.modules.float8 import check_float8, quantise_linears
 from wan.modules.lora import find_lora
 from wan.modules.sequence_parallel import Ulysses, check_heads
@@ -119,6 +119,8 @@ def build_pipeline(
     pipeline = assemble_pipeline(config, generator, text_encoder, vae, clip, ranks)
     if config.pose_ckpt:
         load_pose(pipeline, config)
+    elif config.causal and generator.model.config.pose_dim and (own := pose_file(config.model_name)) is not None:
+        pipeline.load_pose_embedding_weights(own)
     if not in_training:
         accelerate(pipeline, config)
     return pipeline

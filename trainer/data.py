@@ -2,19 +2,21 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.samplers import few_step_times
 from utils.config import Config, ConfigError
-from utils.dataset import Samples, TrainingData, upload
+from utils.dataset import ControlShares, Samples, TrainingData, upload
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
 from utils.latent_folder import LatentFolder, ODEPairs
 from utils.prompts import read_prompts
-from utils.puppet_latents import PuppetLatents
+from utils.puppet_latents import PuppetLatents, skeletons
 from utils.scheduler import FlowMatchScheduler
 from utils.shards import Shards, read_about
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
@@ -25,7 +27,7 @@ from wan.configs import TEXT_ENCODER_FILES, VAE_FILES, find_model_file, find_mod
 from wan.modules.text_encoder import TextTokenizer
 from wan.modules.vae import WanVAE
 from world.captions import captions
-from world.puppet import sample_scenes
+from world.puppet import Scenes, sample_scenes
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,17 @@ class DataSource:
             return [prompt.text for prompt in read_prompts(config.data.sample_prompts)][:count]
         if self.prompts is not None:
             return self.prompts[:count]
-        return captions(sample_scenes(count, config.seed, "heldout", start=SAMPLE_SCENES_FROM), config.seed, full=True)
+        return captions(self._sample_scenes(count), config.seed, full=True)
+
+    def sample_drawings(self, count: int) -> Tensor | None:
+        """What the puppets of `sample_prompts` do, uint8 [count, F_px, 3, H, W]; None where the prompts are others."""
+        if self.config.data.sample_prompts or self.prompts is not None:
+            return None
+        num_frames = 1 + 4 * (self.config.num_training_frames - 1)
+        return skeletons(self._sample_scenes(count), num_frames, size=self.config.height)
+
+    def _sample_scenes(self, count: int) -> Scenes:
+        return sample_scenes(count, self.config.seed, "heldout", start=SAMPLE_SCENES_FROM)
 
     def _open(self, split: str) -> TrainingData:
         config, settings = self.config, self.config.data
@@ -164,7 +176,15 @@ class DataSource:
             device=self.ranks.device,
             dtype=self.dtype,
             split=split,
+            control=control_shares(config),
         )
+
+
+def control_shares(config: Config) -> ControlShares | None:
+    """How many samples are steered by pose and image; None: no clip comes with either."""
+    if not config.control.pose_dim:
+        return None
+    return ControlShares(**{field.name: getattr(config.control, field.name) for field in fields(ControlShares)})
 
 
 def text_encoder_home(config: Config) -> Path:

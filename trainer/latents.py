@@ -4,6 +4,7 @@ import logging
 import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from utils.training_state import has_training_state
 from utils.video import contact_sheet, write_video
 from utils.wan_wrapper import WanDiffusionWrapper, WanVAEWrapper
 from wan.configs import (
+    POSE_FILES,
     TEXT_ENCODER_FILES,
     TOKENIZER_FOLDERS,
     VAE_FILES,
@@ -33,10 +35,13 @@ from wan.configs import (
     WanConfig,
     find_model_file,
     find_model_folder,
+    pose_file,
 )
 from wan.modules.masks import BlockCausalMask
+from wan.modules.pose import DWPoseEmbedding, pose_weights
 from wan.modules.text_encoder import TextTokenizer, encode, load_umt5, new_umt5, save_umt5
 from wan.modules.vae import load_vae
+from wan.modules.weights import assign_weights, read_tensors, save_safetensors
 from world.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,11 +69,14 @@ class LatentTrainer(Trainer):
     def build(self) -> list[Player]:
         config = self.config
         self.model_config = _model_config(config.model_name)
+        if config.control.pose_dim:
+            self.model_config = replace(self.model_config, pose_dim=config.control.pose_dim)
         self.folder = self.run_dir / "export"
         if self.ranks.is_main:
             self.begin_folder()
         barrier(self.ranks)
         self.generator = self.build_generator()
+        self.pose_embedding = self.build_pose_embedding() if config.control.pose_dim else None
         self.tokenizer = TextTokenizer(find_model_file(self.folder, TOKENIZER_FOLDERS), self.model_config.text_len)
         self.text_encoder = None if config.data.text_cache else self.build_text_encoder()
         vae = find_model_file(self.folder, VAE_FILES)
@@ -83,8 +91,10 @@ class LatentTrainer(Trainer):
         """Who learns, once generator, text encoder, VAE and data are there."""
 
     def student(self, loss: Loss) -> Player:
-        """The player that is exported: the generator, and the text encoder if it learns too."""
+        """The player that is exported: the generator, and text encoder and pose networks if they learn too."""
         learners = {"generator": self.generator}
+        if self.pose_embedding is not None:
+            learners["dwpose_embedding"] = self.pose_embedding
         if self.config.train_text_encoder:
             learners["text_encoder"] = self.text_encoder
         return Player("student", nn.ModuleDict(learners), loss)
@@ -118,13 +128,25 @@ class LatentTrainer(Trainer):
 
     def build_generator(self) -> WanDiffusionWrapper:
         config = self.config
-        return self.build_network(
+        generator = self.build_network(
             config.model_name,
             self.starting_point,
             use_ema=config.use_ema,
             from_scratch=config.from_scratch,
             **generator_options(config),
         )
+        if config.control.pose_dim:
+            generator.model.add_pose_proj(config.control.pose_dim)
+        return generator
+
+    def build_pose_embedding(self) -> DWPoseEmbedding:
+        """The model folder's pose network, or a new one."""
+        embedding = DWPoseEmbedding(self.config.control.pose_dim).init_weights()
+        known = None if self.config.from_scratch else pose_file(self.config.model_name)
+        if known is not None:
+            own = {name: t.float() for name, t in pose_weights(read_tensors(known), "dwpose_embedding").items()}
+            assign_weights(embedding, own, f"{known} (dwpose_embedding)")
+        return embedding.to(self.device).requires_grad_(True)
 
     @property
     def starting_point(self) -> str | None:
@@ -211,7 +233,7 @@ class LatentTrainer(Trainer):
 
     def batch(self, drawn: Samples, dropped: Tensor | None = None) -> Batch:
         """Samples as an objective takes them; dropped: see embed_words."""
-        return Batch(drawn.latents, Conditioning(self.embed_words(drawn, dropped)))
+        return Batch(drawn.latents, Conditioning(self.embed_words(drawn, dropped)), controls=drawn.controls)
 
     def embed_words(self, drawn: Samples, dropped: Tensor | None = None) -> Tensor:
         """prompt_embeds [B, T, text_dim] of samples; those that are dropped, [B, 1], say the negative prompt.
@@ -304,6 +326,11 @@ class LatentTrainer(Trainer):
         prompts = self.source.sample_prompts(NUM_SAMPLES)
         vae = WanVAEWrapper(str(self.folder), device=self.device)
         pipeline = assemble_pipeline(config, self.generator, self.embed, vae)
+        drawings = None
+        if self.pose_embedding is not None and self.sharding.mesh is None:
+            pipeline.dwpose_embedding = self.pose_embedding
+            drawings = self.source.sample_drawings(len(prompts))
+        options = {} if drawings is None else {"dwpose_data": drawings}
         # Sampling has other shapes: compiling them costs more.
         with torch.compiler.set_stance("force_eager"), gathered(self.generator):
             videos = pipeline.inference(
@@ -312,6 +339,7 @@ class LatentTrainer(Trainer):
                 num_frames=self.num_sample_frames,
                 height=config.height,
                 width=config.width,
+                **options,
             )
         if self.ranks.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,6 +357,7 @@ class LatentTrainer(Trainer):
         if folder.resolve() != self.folder.resolve():
             shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         self.generator.model.save_pretrained(folder, torch.bfloat16, transformer)
+        self.export_pose(folder)
         if self.config.train_text_encoder:
             save_umt5(self.text_encoder, folder / TEXT_ENCODER_FILES[-1], torch.bfloat16)
             return
@@ -336,6 +365,14 @@ class LatentTrainer(Trainer):
         for file in (weights, weights.with_suffix(".json")):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+
+    def export_pose(self, folder: Path) -> None:
+        """The pose network that learned, in float32 as it runs; else the one that belongs to the model's pose_proj."""
+        if self.pose_embedding is not None:
+            tensors = {f"dwpose_embedding.{name}": t for name, t in self.pose_embedding.state_dict().items()}
+            save_safetensors(tensors, folder / POSE_FILES[0], torch.float32)
+        elif self.generator.model.config.pose_dim and (known := pose_file(self.config.model_name)) is not None:
+            shutil.copyfile(known, folder / known.name)
 
 
 def _model_config(model_name: str) -> WanConfig:

@@ -139,6 +139,19 @@ class TextEncoderConfig:
 
 
 @dataclass
+class ControlConfig:
+    """Pose and image learned with the generator, on puppet clips; shares as in utils.dataset.ControlShares."""
+
+    pose_dim: int = 0  # width of the pose tokens; 64 holds all that the pose networks can say; 0: neither is learned
+    pose_dropout: float = 0.5
+    image_dropout: float = 0.8
+    first_frame: float = 0.5
+    reference_pose_dropout: float = 0.5
+    wrong_action: float = 0.3
+    unsaid_looks: float = 0.5
+
+
+@dataclass
 class DistillationConfig:
     """A few-step student, its frozen teacher (real score), and a critic (fake score) that learns what it makes."""
 
@@ -242,7 +255,8 @@ class Config:
     image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
     pose_ckpt: str | None = None  # pose networks (and LoRA): UniAnimate's checkpoint, or one in its layout
     pose_lora: bool = True  # merge the LoRA of pose_ckpt, where it has one, into the generator
-    pose_drawing: Literal["legacy", "native"] = "legacy"  # of keypoint files: as UniAnimate's, or as trained here
+    # of keypoint files: as UniAnimate's, or as trained here; auto: legacy for a pose_ckpt, else native
+    pose_drawing: Literal["auto", "legacy", "native"] = "auto"
     pose_strength: float = 1.0  # factor on the pose, in [0, 2]; 1 is as trained
     strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
@@ -294,6 +308,7 @@ class Config:
     vae: VaeConfig = field(default_factory=VaeConfig)
     tiny_vae: TinyVaeConfig = field(default_factory=TinyVaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     gan: GanConfig = field(default_factory=GanConfig)
@@ -304,6 +319,13 @@ class Config:
     def compiles(self) -> bool:
         """Whether torch.compile is wanted."""
         return self.compile != "off"
+
+    @property
+    def drawing_profile(self) -> str:
+        """How keypoint files are drawn, a profile of utils.pose.draw."""
+        if self.pose_drawing != "auto":
+            return self.pose_drawing
+        return "legacy" if self.pose_ckpt else "native"
 
     def check(self) -> None:
         """Refuse values and pairs of values that cannot work, each with a way out."""
@@ -362,6 +384,7 @@ class Config:
             if getattr(self.gan, name) <= 0:
                 raise ConfigError(f"gan.{name} is {getattr(self.gan, name)}; it is a length above 0, e.g. 0.1")
         self._check_data()
+        self._check_control()
         if not 0 <= self.tiny_vae.teacher_share <= 1:
             raise ConfigError(f"tiny_vae.teacher_share is {self.tiny_vae.teacher_share}; a share lies in [0, 1]")
         if not 0 <= self.ema.weight < 1:
@@ -400,6 +423,34 @@ class Config:
             raise ConfigError(
                 "data.text_cache is set and train_text_encoder is true, but a cache knows the encoder as it was; "
                 "set one of them"
+            )
+
+    def _check_control(self) -> None:
+        if self.control.pose_dim < 0:
+            raise ConfigError(f"control.pose_dim is {self.control.pose_dim}; it is a width, e.g. 64, or 0 for no pose")
+        if not self.control.pose_dim:
+            return
+        for name, value in vars(self.control).items():
+            if name != "pose_dim" and not 0 <= value <= 1:
+                raise ConfigError(f"control.{name} is {value}; a share lies in [0, 1]")
+        for name, value, wanted in (
+            ("trainer", self.trainer, "diffusion"),
+            ("data.kind", self.data.kind, "puppet"),
+            ("causal", self.causal, True),
+            ("teacher_forcing", self.teacher_forcing, True),
+            ("independent_first_frame", self.independent_first_frame, False),
+            ("rope_base", self.rope_base, "absolute"),
+        ):
+            if value != wanted:
+                raise ConfigError(
+                    f"control.pose_dim is {self.control.pose_dim}, but {name} is {value}; pose and image are learned "
+                    f"with {name}: {str(wanted).lower()}; set it, or control.pose_dim: 0"
+                )
+        window, block = self.model_kwargs.local_attn_size, self.num_frame_per_block
+        if self.num_training_frames <= block or (window != -1 and window <= block):
+            raise ConfigError(
+                f"control.pose_dim is set: an image and a block of {block} must fit into a clip and into the window; "
+                f"num_training_frames is {self.num_training_frames}, model_kwargs.local_attn_size {window}"
             )
 
     def _check_blocks(self, name: str) -> None:

@@ -12,6 +12,38 @@ from world.hashing import hash_tensor
 
 
 @dataclass(frozen=True)
+class ControlShares:
+    """How many samples are steered by what, and how; each a share in [0, 1]."""
+
+    pose_dropout: float = 0.5  # samples without a pose
+    image_dropout: float = 0.8  # samples without an image
+    first_frame: float = 0.5  # images that are the clip's own first frame; the others show the puppet at another moment
+    reference_pose_dropout: float = 0.5  # of those others: without their own skeleton, where the clip has a pose
+    wrong_action: float = 0.3  # samples with a pose whose words tell of another action
+    unsaid_looks: float = 0.5  # samples with an image whose words tell of the action only
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What steers some of B samples beside their words. Places in the batch are int64, on the device.
+
+    drawings: uint8 [P, F_px, 3, H, W], the moving skeletons of the samples at the places `posed` [P]. plain, imaged:
+    the places without and with an image, together all. references [R, 1, C, h, w]: the image of those at `imaged` [R],
+    reference_drawings uint8 [R, 1, 3, H, W] its skeleton, which is told where reference_posed [R]. first_frame [R]: the
+    clip's own first frame is the image instead.
+    """
+
+    drawings: Tensor
+    posed: Tensor
+    plain: Tensor
+    imaged: Tensor
+    references: Tensor
+    reference_drawings: Tensor
+    reference_posed: Tensor
+    first_frame: Tensor
+
+
+@dataclass(frozen=True)
 class Samples:
     """B samples on the device. Words are tokens where a text encoder waits for them, embeddings where a cache has them.
 
@@ -23,6 +55,7 @@ class Samples:
     mask: Tensor | None = None
     prompt_embeds: Tensor | None = None
     latents: Tensor | None = None
+    controls: Controls | None = None
 
 
 # Prompts to the words of Samples: a tokenizer on the device, or a cache of embeddings.

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -181,6 +182,15 @@ class SampleRngs:
     def rand(self, *shape: int) -> Tensor:
         """Uniform float32 in [0, 1), [B, *shape]."""
         return uniform(self._bits(math.prod(shape))).reshape(-1, *shape)
+
+    def at(self, places: Tensor) -> "SampleRngs":
+        """The draws of the samples at these places of the batch (int64, on the device), going on from here.
+
+        `samples` stays that of the whole batch: the host does not ask which they are.
+        """
+        some = copy(self)
+        some.keys = self.keys[places]
+        return some
 
     def _bits(self, count: int) -> Tensor:
         """The next `count` hashes of every sample, int64 [B, count]."""

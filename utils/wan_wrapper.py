@@ -88,14 +88,15 @@ class WanDiffusionWrapper(nn.Module):
         clean_x: Tensor | None = None,
         aug_t: Tensor | None = None,
         add_condition: Tensor | None = None,
+        image_first: bool = False,
         taps: Sequence[int] = (),
         shortcut: Shortcut | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Features]:
         """Flow and x0, both [B, F, C, H, W] float32, of noisy latents [B, F, C, H, W] at timestep [B, F] in [0, 1000].
 
-        conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]) and
-        aug_t are CausalWanModel.forward's; taps, which adds a third output, and shortcut are WanModel.forward's.
-        add_condition overrides conditioning's pose.
+        conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]),
+        aug_t and image_first are CausalWanModel.forward's; taps, which adds a third output, and shortcut are
+        WanModel.forward's. add_condition overrides conditioning's pose.
         """
         options = {"taps": taps} if taps else {}
         if self.is_causal:
@@ -103,6 +104,7 @@ class WanDiffusionWrapper(nn.Module):
                 "kv_cache": kv_cache,
                 "clean_x": None if clean_x is None else clean_x.transpose(1, 2),
                 "aug_t": aug_t,
+                "image_first": image_first,
             }
         if shortcut is not None:
             options["shortcut"] = shortcut

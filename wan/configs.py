@@ -116,6 +116,12 @@ def find_model_folder(model_name: str | Path) -> Path:
     raise FileNotFoundError(f"no model {str(model_name)!r} in wan_models/; {remedy}")
 
 
+def pose_file(model_name: str | Path) -> Path | None:
+    """The pose networks that were trained with a model, where its folder has them."""
+    path = find_model_folder(model_name) / POSE_FILES[0]
+    return path if path.is_file() else None
+
+
 def how_to_get(folder: Path) -> str:
     """What brings the missing files of a model folder; those that are there are not fetched again."""
     if folder.name == EMBEDDED_MODEL:

@@ -127,19 +127,19 @@ OPENINGS = ("A video of", "A short clip of", "There is", "We see", "A cartoon of
 NO_PROP_PHRASES = ("alone", "all by itself", "with nothing beside it", "without any toys")
 
 
-def captions(scenes: Scenes, seed: int, full: bool = False) -> list[str]:
+def captions(scenes: Scenes, seed: int, full: bool = False, *, looks: bool = True) -> list[str]:
     """One caption per scene; caption i depends on its scene, the seed and i.
 
     full=False: long and short forms, each attribute but the puppet's colour or action may be left unsaid, and so may
     one of those. full=True: body colour, background, action and the prop (or its absence) are all said, in varied
-    words.
+    words. looks=False: the action at most, nothing of what can be seen on a still.
     """
     columns = (scenes.body, scenes.background, scenes.action, scenes.speed, scenes.prop, scenes.prop_colour)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [_caption(row, random.Random(f"{seed}/{i}"), full) for i, row in enumerate(rows)]
+    return [_caption(row, random.Random(f"{seed}/{i}"), full, looks) for i, row in enumerate(rows)]
 
 
-def _caption(row: tuple[int, ...], rng: random.Random, full: bool) -> str:
+def _caption(row: tuple[int, ...], rng: random.Random, full: bool, looks: bool) -> str:
     body, background, action, speed, prop, prop_colour = row
 
     def said(probability: float) -> bool:
@@ -160,6 +160,8 @@ def _caption(row: tuple[int, ...], rng: random.Random, full: bool) -> str:
     elif said(0.9):
         thing = f"{rng.choice(COLOUR_WORDS[BODY_COLOURS[prop_colour]])} {rng.choice(PROP_WORDS[PROPS[prop]])}"
         company = _articled(rng.choice(PROP_PHRASES), thing)
+    if not looks:
+        colour = place = company = ""
 
     dressed = colour and rng.random() < 0.2
     who = f"{subject} dressed in {colour}" if dressed else f"{colour} {subject}".strip()

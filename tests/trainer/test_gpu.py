@@ -67,12 +67,17 @@ def draw_heads(*networks: nn.Module) -> None:
         weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "diffusion compile=true", "dmd", "sid", "causvid", "gan"])
+CONTROL = "control.pose_dim=8 control.image_dropout=0.5 batch_size=4 total_batch_size=8"
+
+
+@pytest.mark.parametrize(
+    "kind", ["diffusion", "diffusion compile=true", f"diffusion {CONTROL}", "dmd", "sid", "causvid", "gan"]
+)
 def test_captured_passes_train_like_launched_ones(kind: str, tmp_path: Path, folders):
     """Two passes make a step, so both must add to the same gradients; rollouts leave at either of two steps."""
-    name, *compiled = kind.split()
+    name, *more = kind.split()
     trainer = {"diffusion": DiffusionTrainer, "gan": GANTrainer}.get(name, ScoreDistillationTrainer)
-    settings = [*compiled, "batch_size=2", "total_batch_size=4", "max_steps=12", "optimizer.lr=1e-4"]
+    settings = ["batch_size=2", "total_batch_size=4", "max_steps=12", "optimizer.lr=1e-4", *more]
     settings += ["gan.discriminator_warmup_steps=0"]
     settings += [f"distribution_loss={name}"] if trainer is ScoreDistillationTrainer else []
     for graphs in ("true", "false"):

@@ -6,9 +6,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.wan.modules.test_causal_model import TOY
-from utils.flops import pass_flops
+from utils.flops import pass_flops, pose_flops
 from wan.configs import WAN_CONFIGS
 from wan.modules.causal_model import CausalWanModel
+from wan.modules.pose import DWPoseEmbedding
 
 
 def test_a_pass_counts_as_torch_counts_it():
@@ -35,3 +36,9 @@ def test_wan_on_paper():
     assert pass_flops(WAN_CONFIGS["Wan2.1-T2V-14B"], 32760) == pytest.approx(1676e12, rel=0.01)
     blocks = [pass_flops(WAN_CONFIGS["Wan2.1-T2V-1.3B"], 4680, 4680 * n) for n in range(1, 8)]
     assert sum(blocks) == pytest.approx(198e12, rel=0.01)
+
+
+def test_pose_network_is_counted_as_torch_counts_it():
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        DWPoseEmbedding(8)(torch.zeros(1, 3, 9, 32, 48))
+    assert pose_flops(9, 32, 48, 8) == counter.get_total_flops()

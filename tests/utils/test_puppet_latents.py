@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from utils.dataset import ControlShares
 from utils.distributed import Rngs, SampleRngs
-from utils.puppet_latents import PuppetLatents
+from utils.puppet_latents import PuppetLatents, skeletons, who
 from world.captions import claims
 from world.puppet import ACTIONS, sample_scenes
 
@@ -100,3 +101,71 @@ def test_sizes_that_do_not_fit():
         make_pool(pool_size=7)
     with pytest.raises(ValueError, match="between 1 and"):
         make_pool(min_fill=9)
+
+
+STEERED = {"control": ControlShares(pose_dropout=0.25, image_dropout=0.5), "chunk_size": 4, "num_latent_frames": 3}
+
+
+def test_controls_change_nothing_else():
+    plain, steered = make_pool(chunk_size=4, num_latent_frames=3), make_pool(**STEERED)
+    for pool in (plain, steered):
+        pool.fill(0)
+    assert torch.equal(plain.latents, steered.latents)
+    assert torch.equal(plain.tokens, steered.tokens[:, : plain.tokens.shape[1]])
+    assert plain.draw(draws(0, range(2))).controls is None
+
+
+def test_controls_are_those_of_their_clips():
+    pool = make_pool(**STEERED, pool_size=4)
+    pool.fill(0)
+    scenes = sample_scenes(4, 1)
+    assert torch.equal(pool.drawings, skeletons(scenes, 9, size=16))
+    drawn = pool.draw(draws(0, range(16)))
+    controls = drawn.controls
+    clips = [next(i for i in range(4) if torch.equal(pool.latents[i], clip)) for clip in drawn.latents]
+    assert torch.equal(controls.drawings, pool.drawings[[clips[i] for i in controls.posed]])
+    shown = [clips[i] for i in controls.imaged]
+    assert torch.equal(controls.references, pool.references[shown])
+    assert torch.equal(controls.reference_drawings, pool.reference_drawings[shown])
+    unposed = [n for n, place in enumerate(controls.imaged) if place not in controls.posed]
+    assert unposed and controls.reference_posed[unposed].all()
+    look = [(still - clip[:1]).abs().mean() for still in pool.references for clip in pool.latents]
+    own = torch.stack(look).view(4, 4)
+    assert (own.argmin(1) == torch.arange(4)).all() and own.min() > 0  # the same puppet, at another moment
+
+
+def test_words_of_steered_samples():
+    pool = make_pool(control=ControlShares(0, 0.5, wrong_action=1, unsaid_looks=1), chunk_size=4, pool_size=4)
+    pool.fill(0)
+    drawn, scenes = pool.draw(draws(0, range(32))), sample_scenes(4, 1)
+    for place, (ids, clip) in enumerate(zip(drawn.ids, drawn.latents, strict=True)):
+        said = claims(read(ids))
+        true = ACTIONS[scenes.action[next(i for i in range(4) if torch.equal(pool.latents[i], clip))]]
+        if place in drawn.controls.imaged:
+            assert said.keys() <= {"action"} and said.get("action", true) == true
+        else:
+            assert said.get("action") != true
+
+
+def test_a_resumed_run_finds_the_same_controls():
+    walked, resumed = make_pool(**STEERED), make_pool(**STEERED)
+    walked.fill(0)
+    for step in range(1, 6):
+        walked.advance(step)
+    resumed.fill(5)
+    for name in ("drawings", "references", "reference_drawings"):
+        assert torch.equal(getattr(walked, name), getattr(resumed, name))
+    whole = walked.draw(draws(5, range(8))).controls
+    parts = [resumed.draw(draws(5, part)).controls for part in (range(4), range(4, 8))]
+    assert torch.equal(whole.posed, torch.cat([parts[0].posed, 4 + parts[1].posed]))
+    for name in ("drawings", "references", "reference_posed", "first_frame"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_pose_and_image_come_in_all_combinations_and_equal_shares():
+    control = ControlShares(pose_dropout=0.5, image_dropout=0.8)
+    for first in (0, 40, 77):
+        posed, plain, imaged = (set(places.tolist()) for places in who(range(first, first + 40), control))
+        assert len(posed) == 20 and len(imaged) == 8 and len(posed & imaged) == 4
+        assert plain | imaged == set(range(40)) and not plain & imaged
+    assert [len(places) for places in who(range(5), ControlShares(pose_dropout=1, image_dropout=1))] == [0, 5, 0]

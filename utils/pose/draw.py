@@ -49,7 +49,7 @@ def draw(
         raise ValueError(f"drawing profile {profile!r} is unknown; use one of {', '.join(PROFILES)}")
     height, width = LEGACY_SIZE if profile == "legacy" else size
     body = with_feet(points)
-    body[..., :2] *= torch.tensor([width / source[1], height / source[0]])
+    body[..., :2] *= body.new_tensor([width / source[1], height / source[0]])
     if profile == "legacy":
         frames = torch.stack([_legacy_body(frame, height, width) for frame in body])
     else:

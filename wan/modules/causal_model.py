@@ -60,13 +60,15 @@ class CausalWanModel(WanModel):
         clean_x: Tensor | None = None,
         aug_t: Tensor | None = None,
         add_condition: Tensor | None = None,
+        image_first: bool = False,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
         """Flow [B, out_dim, F, H, W] of noisy latents x [B, C, F, H, W] at times t [B, F] in [0, 1000].
 
         kv_cache: x is the next block(s) of a stream. Without gradient the block's keys are written into their slots;
         the caller commits. clean_x [B, C, F, H, W]: clean latents for teacher forcing, at times aug_t [B, F] (default
-        0). The other arguments are WanModel.forward's.
+        0). image_first (whole clips): frame 0 is a given image, a block of its own that never leaves the window. The
+        other arguments are WanModel.forward's.
         """
         if shortcut is not None and kv_cache is None:
             raise ValueError("a shortcut belongs to the steps of a stream's block; give kv_cache, too")
@@ -82,11 +84,14 @@ class CausalWanModel(WanModel):
             clean_tokens, _ = self.embed(clean_x, y, add_condition)
             tokens = torch.cat([clean_tokens, tokens], dim=1)
             t = torch.cat([torch.zeros_like(t) if aug_t is None else aug_t.to(t.dtype), t], dim=1)
-        attend = self._attend_masked(grid, clean_x is not None, x.device)
+        attend = self._attend_masked(grid, clean_x is not None, x.device, image_first)
         return self.run(tokens, t, context, clip_fea, attend, grid, num_head_frames=grid[0])
 
-    def _attend_masked(self, grid: tuple[int, int, int], teacher_forcing: bool, device: torch.device) -> Attend:
-        if self.rope_base == "window" and self.sink_size and self.local_attn_size != -1:
+    def _attend_masked(
+        self, grid: tuple[int, int, int], teacher_forcing: bool, device: torch.device, image_first: bool
+    ) -> Attend:
+        sink_size = max(self.sink_size, 1) if image_first else self.sink_size
+        if self.rope_base == "window" and sink_size and self.local_attn_size != -1:
             raise ValueError(
                 "rope_base 'window' moves the sink's position from block to block, which one masked pass cannot do; "
                 "train with rope_base=absolute, with sink_size=0, or through the cached rollout"
@@ -96,8 +101,8 @@ class CausalWanModel(WanModel):
             frame_seqlen=grid[1] * grid[2],
             num_frame_per_block=self.num_frame_per_block,
             local_attn_size=self.local_attn_size,
-            sink_size=self.sink_size,
-            independent_first_frame=self.independent_first_frame,
+            sink_size=sink_size,
+            independent_first_frame=self.independent_first_frame or image_first,
             teacher_forcing=teacher_forcing,
         ).prepare(device)
         frames = [*range(grid[0])] * (2 if teacher_forcing else 1)  # clean and noisy halves share their positions

@@ -353,7 +353,10 @@ class WanModel(nn.Module):
         return tokens, tuple(patches.shape[2:])
 
     def embed_pose(self, add_condition: Tensor, num_tokens: int) -> Tensor:
-        """Pose tokens [B, L, pose_dim] -> [B, L, dim]; those of width dim have been projected already."""
+        """Pose tokens [B, L, pose_dim] -> [B, L, dim]; those of width dim have been projected already.
+
+        A token of zeros is how training says "no pose": it stays zero, as if none had come.
+        """
         if not self.config.pose_dim:
             raise ValueError(
                 "this model takes no add_condition (pose_dim is 0 in its config.json); load pose weights first"
@@ -365,7 +368,9 @@ class WanModel(nn.Module):
                 f"{(num_tokens, self.config.pose_dim)}; give one pose token per video token"
             )
         add_condition = add_condition.to(self.dtype)
-        return self.pose_proj(add_condition) if add_condition.shape[2] == self.config.pose_dim else add_condition
+        if add_condition.shape[2] != self.config.pose_dim or isinstance(self.pose_proj, nn.Identity):
+            return add_condition
+        return self.pose_proj(add_condition) * (add_condition != 0).any(-1, keepdim=True)
 
     def add_pose_proj(self, pose_dim: int) -> None:
         """Let a model that was made without pose take tokens of this width.

@@ -1,0 +1,192 @@
+"""model/control.py: what the network is shown of pose and image is what the walk of inference shows it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.base import Batch
+from model.control import ControlledDiffusion
+from model.diffusion import CausalDiffusion
+from pipeline.pose import DrivingPose
+from pipeline.rollout import Path, denoise_path, plan_blocks, remember
+from utils.conditioning import Conditioning
+from utils.dataset import Controls
+from utils.distributed import Rngs, SampleRngs
+from utils.wan_wrapper import WanDiffusionWrapper
+from wan.configs import WanConfig
+from wan.modules.pose import DWPoseEmbedding, fold_pose_proj
+
+SIZES = WanConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=2, in_dim=2, out_dim=2, text_dim=4, text_len=2)
+NUM_FRAMES, WIDTH = 8, 8
+OPTIONS = {"num_frame_per_block": 2}
+
+
+def make_network(**options) -> WanDiffusionWrapper:
+    torch.manual_seed(0)
+    network = WanDiffusionWrapper("", True, from_scratch=True, model_config=SIZES, **OPTIONS, **options)
+    nn.init.normal_(network.model.head.head.weight, std=0.3)
+    network.model.add_pose_proj(WIDTH)
+    return network.requires_grad_(False)
+
+
+def train_proj(network: WanDiffusionWrapper) -> None:
+    nn.init.normal_(network.model.pose_proj.weight)
+    nn.init.normal_(network.model.pose_proj.bias)
+
+
+def make_batch() -> Batch:
+    """Four samples: nothing, pose, image and pose (its own first frame), image and pose (a reference)."""
+    torch.manual_seed(1)
+    pictures = 1 + 4 * (NUM_FRAMES - 1)
+    controls = Controls(
+        drawings=torch.randint(0, 256, (3, pictures, 3, 32, 32), dtype=torch.uint8),
+        posed=torch.tensor([1, 2, 3]),
+        plain=torch.tensor([0, 1]),
+        imaged=torch.tensor([2, 3]),
+        references=torch.randn(2, 1, 2, 4, 4),
+        reference_drawings=torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8),
+        reference_posed=torch.tensor([True, True]),
+        first_frame=torch.tensor([True, False]),
+    )
+    return Batch(torch.randn(4, NUM_FRAMES, 2, 4, 4), Conditioning(torch.randn(4, 2, 4)), controls=controls)
+
+
+class Listener(nn.Module):
+    """Passes on to a network and keeps what it was shown and what it said."""
+
+    def __init__(self, network: WanDiffusionWrapper):
+        super().__init__()
+        self.network, self.calls = network, []
+
+    def forward(self, x_t: Tensor, conditioning: Conditioning, t: Tensor, **options):
+        flow, x0 = self.network(x_t, conditioning, t, **options)
+        self.calls.append((x_t, conditioning, t, options, flow))
+        return flow, x0
+
+
+def make_objective(network: nn.Module, scheduler, **options) -> ControlledDiffusion:
+    torch.manual_seed(2)
+    embedding = DWPoseEmbedding(WIDTH).init_weights()
+    nn.init.normal_(embedding[-1].bias)
+    plain, imaged = (
+        CausalDiffusion(network, scheduler, image_first=first, **OPTIONS, **options) for first in (False, True)
+    )
+    return ControlledDiffusion(embedding, plain, imaged)
+
+
+def draws(count: int = 4) -> SampleRngs:
+    return SampleRngs(Rngs(0, 0, torch.device("cpu")), range(count))
+
+
+def test_a_new_pose_proj_changes_nothing():
+    """Step 0 of samples without an image is that of the model without pose, to the bit."""
+    network = make_network()
+    batch, listener = make_batch(), Listener(network)
+    make_objective(listener, network.scheduler).loss(batch, draws())
+    assert [call[0].shape[:2] for call in listener.calls] == [(2, 8), (2, 7)]  # plain; image and three blocks
+    x_t, conditioning, t, options, flow = listener.calls[0]
+    assert conditioning.pose[0].abs().sum() == 0 and conditioning.pose[1].abs().sum() > 0
+    without, _ = network(x_t, Conditioning(conditioning.prompt_embeds), t, **options)
+    assert torch.equal(flow, without)
+
+
+def test_a_sample_without_a_pose_sees_none_whatever_pose_proj_has_learned():
+    network = make_network()
+    train_proj(network)
+    listener = Listener(network)
+    make_objective(listener, network.scheduler).loss(make_batch(), draws())
+    x_t, conditioning, t, options, flow = listener.calls[0]
+    without, _ = network(x_t, Conditioning(conditioning.prompt_embeds), t, **options)
+    assert torch.equal(flow[0], without[0])
+    assert (flow[1] - without[1]).abs().max() > 1e-2
+
+
+PLACES = ["nothing", "pose", "first frame and pose", "reference and pose"]
+
+
+@pytest.mark.parametrize("place", range(4), ids=PLACES)
+@torch.no_grad()
+def test_training_walk_is_inference_walk(place: int):
+    """A block of the masked clip says what the stream says after remembering the same clean blocks."""
+    is_imaged, is_reference = place > 1, place == 3
+    network, stream = make_network(local_attn_size=5), make_network(local_attn_size=5, sink_size=int(is_imaged))
+    train_proj(network)
+    stream.load_state_dict(network.state_dict())
+    batch, listener = make_batch(), Listener(network)
+    objective = make_objective(listener, network.scheduler)
+    objective.loss(batch, draws())
+    x_t, conditioning, t, options, flow = listener.calls[place // 2]
+    row = slice(place % 2, place % 2 + 1)
+    x_t, t, clean, flow = x_t[row], t[row], options["clean_x"][row], flow[row]
+
+    embedding, controls = objective.pose_embedding, batch.controls
+    pose = None
+    if place:
+        hidden = None
+        if is_reference:
+            hidden = embedding.features(controls.reference_drawings[1:].transpose(1, 2) / 255)
+        pose = DrivingPose(
+            embedding,
+            fold_pose_proj(embedding, stream.model.pose_proj),
+            controls.drawings[place - 1 : place],
+            (1, 32, 32),
+            num_frames=1 + 4 * (NUM_FRAMES - 1),
+            num_hidden=int(is_reference),
+            hidden=hidden,
+        )
+    embeds = conditioning.prompt_embeds[row]
+    path = Path(Conditioning(embeds, pose=pose), stream.model.make_kv_cache(1, 4, 4, x_t.shape[1]))
+    for block in plan_blocks(x_t.shape[1], 2, False, int(is_imaged)):
+        frames = slice(block.start, block.stop)
+        if not block.given:
+            ours, _ = denoise_path(stream, path, block, x_t[:, frames], t[0, block.start])
+            torch.testing.assert_close(ours, flow[:, frames], atol=1e-4, rtol=1e-4)
+        remember(stream, [path], block, clean[:, frames])
+        path.kv_cache.commit(block.num_frames)
+
+
+def test_what_an_image_is():
+    network = make_network()
+    train_proj(network)
+    batch, listener = make_batch(), Listener(network)
+    objective = make_objective(listener, network.scheduler, noise_augmentation_max_timestep=500)
+    batch = replace(batch, controls=replace(batch.controls, plain=torch.tensor([]).long()))
+    loss, details = objective.loss(batch, draws())
+    options = listener.calls[0][3]
+    x0, references = batch.clean_latent, batch.controls.references
+    assert torch.equal(options["clean_x"][0, 0], x0[2, 0])  # its own first frame, clean whatever the context is
+    assert torch.equal(options["clean_x"][1, 0], references[1, 0])
+    assert not options["aug_t"][:, 0].any() and options["aug_t"][:, 1:].any()
+    quiet = make_objective(Listener(network), network.scheduler)
+    assert torch.equal(quiet.with_image(quiet.part(batch, batch.controls.imaged, quiet.pose_tokens(batch)[2:]),
+                                        batch.controls).clean_latent[1, 1:], x0[3, :6])  # fmt: skip
+    assert loss > 0 and details["loss_imaged_posed"] > 0 and details["loss_imaged_unposed"] == 0
+
+
+def test_the_image_itself_is_not_learned():
+    network = make_network()
+    network.model.head.head.weight.requires_grad_(True)
+    objective = CausalDiffusion(network, network.scheduler, image_first=True, **OPTIONS)
+    error, weight, t = objective.errors(Batch(torch.randn(2, 7, 2, 4, 4), Conditioning(torch.randn(2, 2, 4))), draws(2))
+    assert error.shape == weight.shape == t.shape == (2, 6)
+
+
+def test_references_of_unposed_clips_may_hide_their_skeleton():
+    objective = make_objective(Listener(make_network()), None)
+    batch = make_batch()
+    controls = replace(batch.controls, reference_posed=torch.tensor([True, False]))
+    part = objective.part(batch, controls.imaged, objective.pose_tokens(batch)[controls.imaged])
+    pose = objective.with_image(part, controls).conditioning.pose
+    assert not pose[1, :, 0].any() and pose[1, :, 1:].any() and pose[0, :, 0].any()
+
+
+def test_pose_networks_and_pose_proj_learn():
+    network = make_network()
+    train_proj(network)
+    network.model.pose_proj.requires_grad_(True)
+    objective = make_objective(network, network.scheduler)
+    objective.loss(make_batch(), draws())[0].backward()
+    grads = [p.grad for p in (*objective.pose_embedding.parameters(), *network.model.pose_proj.parameters())]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)

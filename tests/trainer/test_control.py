@@ -1,0 +1,108 @@
+"""Pose and image learned with the transformer: steps, resuming, and the way from the export to inference.py."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import inference
+from pipeline.build import build_pipeline
+from tests.trainer.toy import make, state
+from trainer.diffusion import DiffusionTrainer
+from utils.config import ConfigError, load_config
+from wan.configs import POSE_FILES, WanConfig
+from world.puppet import joints, sample_scenes
+
+pytestmark = pytest.mark.usefixtures("toy_sizes")
+
+CONTROL = ["control.pose_dim=8", "control.pose_dropout=0.5", "control.image_dropout=0.5", "batch_size=4"]
+
+
+def make_trainer(folder: Path, vae_folder: Path, *overrides: str) -> DiffusionTrainer:
+    return make(DiffusionTrainer, folder, vae_folder, *CONTROL, *overrides)
+
+
+def test_resumed_is_uninterrupted_and_all_of_it_learns(tmp_path: Path, vae_folder: Path):
+    whole = make_trainer(tmp_path / "whole", vae_folder, "max_steps=3")  # head, then pose_proj, then the networks
+    before = {name: p.detach().clone() for name, p in whole.players[0].module.named_parameters()}
+    whole.train(visualize=False)
+    assert not [name for name, p in whole.players[0].module.named_parameters() if torch.equal(p, before[name])]
+    make_trainer(tmp_path / "parts", vae_folder, "max_steps=1").train(visualize=False)
+    make_trainer(tmp_path / "parts", vae_folder, "max_steps=3").train(visualize=False)
+    ours, theirs = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_accumulated_passes_are_one_large_batch(tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path / "large", vae_folder, "max_steps=1", "batch_size=8").train(visualize=False)
+    make_trainer(tmp_path / "small", vae_folder, "max_steps=1", "total_batch_size=8").train(visualize=False)
+    large, small = state(tmp_path / "large"), state(tmp_path / "small")
+    for name, tensor in large.items():
+        if "/exp_avg/" in name:
+            torch.testing.assert_close(tensor, small[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def exported(tmp_path_factory, vae_folder: Path) -> Path:
+    """What a run that learned pose and image has exported."""
+    home = tmp_path_factory.getbasetemp() / "control"
+    if not home.is_dir():
+        make_trainer(home, vae_folder, "max_steps=2", "ema.weight=0", "optimizer.lr=0.02").train()
+    return home / "export"
+
+
+def test_an_export_is_found_and_followed_by_inference(exported: Path, tmp_path: Path):
+    assert WanConfig.from_folder(exported).pose_dim == 8
+    assert (exported / POSE_FILES[0]).stat().st_size < 2e6
+    assert (exported.parent / "samples" / "step_000002.png").is_file()
+    points = joints(sample_scenes(1, 3), torch.arange(21))[0]
+    np.savez(tmp_path / "dance.npz", keypoints=points.numpy(), width=128, height=128, fps=16)
+    settings = [f"model_name={exported}", "height=32", "width=32", "sampling_steps=2", "model_kwargs.local_attn_size=6"]
+    common = ["--prompt", "a puppet", "--seed", "3", "--device", "cpu", "--num_output_frames", "6", *settings]
+    for name, more in (("without", []), ("with", ["--pose", str(tmp_path / "dance.npz")])):
+        assert inference.main([*common, "--output_folder", str(tmp_path / name), *more]) == 0
+    lines = [json.loads((tmp_path / name / "metadata.jsonl").read_text()) for name in ("without", "with")]
+    assert lines[0]["num_frames"] == lines[1]["num_frames"] == 21
+    assert lines[0]["fingerprint"] != lines[1]["fingerprint"]
+
+
+def test_what_inference_loads_is_what_training_had(exported: Path, tmp_path: Path, vae_folder: Path):
+    settings = ["from_scratch=false", f"model_name={exported}", "train_text_encoder=false", "max_steps=1"]
+    trainer = make_trainer(tmp_path / "further", vae_folder, *settings)  # an exported model is trained further
+    pipeline = build_pipeline(load_config(None, [f"model_name={exported}", "device=cpu"]))
+    assert pipeline.generator.model.pose_proj.weight.any()
+    for ours, theirs in (
+        (trainer.pose_embedding, pipeline.dwpose_embedding),
+        (trainer.generator.model.pose_proj, pipeline.generator.model.pose_proj),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    without = make(DiffusionTrainer, tmp_path / "without", vae_folder, *settings)
+    without.train(visualize=False)  # a model that knows poses goes on without: its networks stay with it
+    assert (tmp_path / "without" / "export" / POSE_FILES[0]).read_bytes() == (exported / POSE_FILES[0]).read_bytes()
+    with pytest.raises(ValueError, match="width 16 came, this model takes 8"):
+        make_trainer(tmp_path / "wide", vae_folder, *settings, "control.pose_dim=16")
+
+
+def test_held_out_clips_are_steered_too(tmp_path: Path, vae_folder: Path):
+    trainer = make_trainer(tmp_path, vae_folder, "max_steps=1")
+    trainer.start()
+    metrics = trainer.held_out(trainer.objective.loss)
+    assert {"loss", "loss_plain_posed", "loss_plain_unposed", "loss_imaged_posed"} <= metrics.keys()
+
+
+REFUSED = (
+    (["causal=false", "teacher_forcing=false"], "causal is False; .* causal: true"),
+    (["teacher_forcing=false"], "teacher_forcing: true"),
+    (["trainer=score_distillation"], "trainer: diffusion"),
+    (["control.wrong_action=2"], "control.wrong_action is 2"),
+    (["num_training_frames=3"], "must fit into a clip"),
+)
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_settings_that_cannot_work(settings: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["control.pose_dim=8", *settings])
