@@ -1,0 +1,79 @@
+"""benchmarks/control.py on the CPU: the whole road at toy size, and figures that tell right from wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import control
+from wan.configs import POSE_FILES
+from wan.modules.model import WanModel
+from wan.modules.pose import DWPoseEmbedding
+from wan.modules.weights import save_safetensors
+from world.judges import Judges, load_judges, save_judges
+from world.puppet import joints
+
+
+@pytest.fixture
+def posed_folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with random pose networks."""
+    folder = tmp_path / "posed"
+    shutil.copytree(tiny_model_folder, folder)
+    torch.manual_seed(0)
+    model = WanModel.from_pretrained(folder)
+    model.add_pose_proj(8)
+    torch.nn.init.normal_(model.pose_proj.weight)
+    model.save_pretrained(folder)
+    embedding = DWPoseEmbedding(8).init_weights().state_dict()
+    save_safetensors({f"dwpose_embedding.{name}": t for name, t in embedding.items()}, folder / POSE_FILES[0])
+    return folder
+
+
+def test_the_whole_road(posed_folder: Path, tmp_path: Path, monkeypatch):
+    torch.manual_seed(0)
+    save_judges(Judges(), tmp_path / "judges")
+    arguments = ["--toy", "--device", "cpu", "--judges", str(tmp_path / "judges"), "--out", str(tmp_path / "out.json")]
+    arguments += ["--set", f"model_name={posed_folder}"]
+    many, few = ["sampling_steps=1", "guidance_scale=1"], ["denoising_step_list=[1000]"]
+    assert control.main([*arguments, *many]) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["headline_of"] == "many_step" and "pck_streaming_4step" not in content
+    assert control.main(["--sections", "poses", *arguments, *few]) == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    names = "pck_streaming_4step pck_unseen_motion pck_many_step pck_without_pose identity_accuracy"
+    assert all(0 <= content[name] <= 1 for name in names.split()) and content["headline_of"] == "few_step"
+    columns = content["many_step_poses"]["columns"]
+    assert list(columns) == ["ground truth", "VAE round trip", "with pose", "without pose"]
+    assert columns["with pose"]["seen"]["joint_error_px"] != columns["without pose"]["seen"]["joint_error_px"]
+    assert {"seen", "unseen", "retargeted", "all"} == set(columns["with pose"])
+    assert len(content["many_step_streams"]["quarters"]) == 4
+
+    monkeypatch.setattr(control, "streamed", None)  # run again, it reads what it measured
+    assert control.main([*arguments, *many]) == 0
+
+
+def test_sequences_are_what_they_say():
+    args = control.parse_args(["--toy"])
+    sequences = control.make_sequences(args)
+    assert len(sequences) == 3 and sequences.asked.shape == (3, 49, 18, 3)
+    improvised = sequences.scenes.action == control.IMPROVISE
+    assert improvised.tolist() == [False, True, False]
+    own = joints(sequences.scenes, torch.arange(49))
+    assert torch.equal(sequences.asked[:2], own[:2])
+    fitted = control.body_error(sequences.asked[2, :, :, :2], own[2])
+    assert fitted < 0.03  # the driver's motion on the other's limbs
+
+
+def test_the_committed_judges_know_a_body_and_a_motion():
+    args = control.parse_args(["--toy", "--device", "cpu"])
+    args.size, args.num_retargeted = 128, 0
+    sequences, judges = control.make_sequences(args), load_judges()
+    truth = control.true_pictures(sequences.scenes, 39, args)
+    read, own = control.read_joints(truth, judges, args), joints(sequences.scenes, torch.arange(39))
+    assert control.followed(read, own, sequences.groups)["all"]["pck05"] > 0.99
+    assert control.followed(read, own.flip(0), sequences.groups)["all"]["pck05"] < 0.6
+    right = control.identity(truth, read, sequences.scenes, judges, args)
+    wrong = control.identity(truth, read.flip(0), sequences.scenes.select(torch.tensor([1, 0])), judges, args)
+    assert right["accuracy"] == 1 and wrong["accuracy"] < 1 and wrong["body"] == 0
