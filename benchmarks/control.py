@@ -40,9 +40,11 @@ from world.render import render
 logger = logging.getLogger(__name__)
 
 SCENE_SEED, STREAM_SEED, NOISE_SEED = 707, 808, 0
+SECTIONS = ["poses", "identity", "streams"]
 IMPROVISE = ACTIONS.index("improvise")
 LATER = 160  # frame of a scene that its reference picture shows
 SAME_BODY = 0.04  # mean relative error of limb lengths up to which two bodies are one
+Seen = tuple[Tensor, Tensor]  # videos and the joints that were read in them
 LIMBS = ((1, 8), (1, 11), (2, 3), (3, 4), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13))
 TOY = {"num_seen": 1, "num_unseen": 1, "num_retargeted": 1, "num_latents": 12, "num_streams": 1, "stream_latents": 12}
 TOY |= {"batch_size": 2, "size": 32}
@@ -181,12 +183,20 @@ def body_error(track: Tensor, own: Tensor) -> float:
 # --- sections ---
 
 
-def poses_section(pipeline, sequences: Sequences, judges: Judges, args: argparse.Namespace) -> dict:
+def ceilings(pipeline, sequences: Sequences, judges: Judges, args: argparse.Namespace) -> dict[str, Seen]:
+    """The sequences as they should be, and what the VAE makes of that."""
+    truth = true_pictures(sequences.scenes, pixel_frames(args.num_latents), args)
+    trips = round_trips(pipeline.vae.model, truth, torch.device(args.device), args.batch_size)
+    return {
+        name: (videos, read_joints(videos, judges, args))
+        for name, videos in (("ground truth", truth), ("VAE round trip", trips))
+    }
+
+
+def poses_section(pipeline, sequences: Sequences, known: dict[str, Seen], judges: Judges, args) -> dict:
     """With and without pose, beside ground truth and the VAE's round trip."""
     scenes, asked = sequences.scenes, sequences.asked[:, : pixel_frames(args.num_latents)]
     prompts = captions(scenes, SCENE_SEED, full=True)
-    truth = true_pictures(scenes, asked.shape[1], args)
-    trips = round_trips(pipeline.vae.model, truth, torch.device(args.device), args.batch_size)
     own = joints(scenes, torch.arange(asked.shape[1]))
 
     def poses(rows: slice) -> Iterator[Tensor]:
@@ -195,29 +205,23 @@ def poses_section(pipeline, sequences: Sequences, judges: Judges, args: argparse
     with_pose = streamed(pipeline, prompts, args.num_latents, args, poses=poses)
     without = streamed(pipeline, prompts, args.num_latents, args)
     columns = {
-        "ground truth": followed(read_joints(truth, judges, args), own, sequences.groups),
-        "VAE round trip": followed(read_joints(trips, judges, args), own, sequences.groups),
+        **{name: followed(read, own, sequences.groups) for name, (_, read) in known.items()},
         "with pose": followed(read_joints(with_pose, judges, args), asked, sequences.groups),
         "without pose": followed(read_joints(without, judges, args), asked, sequences.groups),
     }
     for name in columns["ground truth"]:
         print(f"{name} motions" + "\n" + table({title: figures[name] for title, figures in columns.items()}))
-    looks = {"with pose": measure(with_pose, scenes, judges), "without pose": measure(without, scenes, judges)}
+    looks = measure(with_pose, scenes, judges)
     return {"columns": columns, "looks": looks, "retargeting_error_px": sequences.retargeting_error_px}
 
 
-def identity_section(pipeline, sequences: Sequences, judges: Judges, args: argparse.Namespace) -> dict:
+def identity_section(pipeline, sequences: Sequences, known: dict[str, Seen], judges: Judges, args) -> dict:
     """A picture says who, a pose what, and words only the action; the picture as reference and as first frame."""
     scenes, asked = sequences.scenes, sequences.asked
     prompts = captions(scenes, SCENE_SEED, looks=False)
     later = torch.tensor([LATER])
     length = {"ref_sink": args.num_latents, "context": 1 + args.num_latents}
-    truth = true_pictures(scenes, asked.shape[1], args)
-    trips = round_trips(pipeline.vae.model, truth, torch.device(args.device), args.batch_size)
-    columns = {
-        name: identity(videos, read_joints(videos, judges, args), scenes, judges, args)
-        for name, videos in (("ground truth", truth), ("VAE round trip", trips))
-    }
+    columns = {name: identity(videos, read, scenes, judges, args) for name, (videos, read) in known.items()}
     follow = {}
     for mode, start in (("ref_sink", LATER), ("context", 0)):
         pictures = true_pictures(scenes, 1, args, start)[:, 0].float() / 127.5 - 1
@@ -286,7 +290,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream_latents", type=int, default=252)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--size", type=int, default=CANVAS, help="side of a picture")
-    parser.add_argument("--sections", nargs="+", default=["poses", "identity", "streams"])
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--toy", action="store_true", help="sizes for a CPU")
     parser.add_argument("--overwrite", action="store_true", help="make sections again that are already in --out")
     args = parser.parse_args(argv)
@@ -306,18 +310,18 @@ def main(argv: list[str] | None = None) -> int:
     settings |= {name: getattr(args, name) for name in sizes}
     settings |= {"weights": fingerprint(find_model_folder(config.model_name), args.judges)}
     settings |= {"seeds": {"scenes": SCENE_SEED, "streams": STREAM_SEED, "noise": NOISE_SEED}}
-    sequences = make_sequences(args)
-    make = {
-        "poses": lambda pipeline: poses_section(pipeline, sequences, judges, args),
-        "identity": lambda pipeline: identity_section(pipeline, sequences, judges, args),
-        "streams": lambda pipeline: streams_section(pipeline, judges, args),
-    }
+    sequences, known = make_sequences(args), None
     for name in args.sections:
         if report.has(f"{kind}_{name}", settings):
             continue
         sink = ["model_kwargs.sink_size=1"] if name == "identity" else []  # a reference must not leave the window
         pipeline = build_pipeline(load_config(args.config_path, [*args.set, *sink]), args.device)
-        figures = make[name](pipeline)
+        if name == "streams":
+            figures = streams_section(pipeline, judges, args)
+        else:
+            known = known or ceilings(pipeline, sequences, judges, args)
+            section = poses_section if name == "poses" else identity_section
+            figures = section(pipeline, sequences, known, judges, args)
         report.put(f"{kind}_{name}", settings, figures)
         report.put(f"{kind}_{name}", settings, figures, **headline(report.content))
     return 0
