@@ -151,7 +151,7 @@ def run(config: Config, ranks: Ranks, arguments: argparse.Namespace) -> dict:
     if ranks.is_main:
         one = alone.measure(arguments.repeats)
         latents, flow = alone.latents(), alone.flow()
-        exact = None if arguments.no_float32 else alone.exact_flow()
+        exact = None if arguments.no_float32 or config.linear_dtype == "float8" else alone.exact_flow()
     barrier(ranks)
     parts = pipeline.generator, pipeline.text_encoder, pipeline.vae
     del alone, pipeline  # and its caches
@@ -205,6 +205,7 @@ def choose_ranks(config: Config, overrides: Sequence[str], num_ranks: int) -> Co
             f"{num_ranks} processes came for one video of sequence_parallel {config.sequence_parallel} and {sides} "
             f"rank(s) for guidance; start it under torchrun --nproc_per_node={max(2, config.sequence_parallel * sides)}"
         )
+    config.check()
     return config
 
 
@@ -236,6 +237,7 @@ def report(config: Config, ranks: Ranks, arguments: argparse.Namespace) -> None:
         "steps": list(config.denoising_step_list or []) or config.sampling_steps,
         "window": config.model_kwargs.local_attn_size,
         "dtype": config.dtype,
+        "compile": config.compile,
         "vae_decoder": config.vae_decoder,
         "repeats": arguments.repeats,
     }

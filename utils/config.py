@@ -393,6 +393,11 @@ class Config:
     def _check_parallel(self) -> None:
         if self.sequence_parallel < 1:
             raise ConfigError(f"sequence_parallel is {self.sequence_parallel}; a video is made by at least 1 process")
+        if self.vae_device != "auto" and (self.sequence_parallel > 1 or self.guidance_parallel):
+            raise ConfigError(
+                f"vae_device is {self.vae_device}, but ranks that make a video together decode it together, on their "
+                "own GPUs; leave vae_device out"
+            )
         if not self.guidance_parallel:
             return
         if self.denoising_step_list is not None or self.guidance_scale == 1:

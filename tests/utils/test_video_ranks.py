@@ -231,6 +231,7 @@ def test_what_does_not_divide_is_refused(tiny_model_folder, capsys):
         (["guidance_parallel=true", "guidance_scale=1"], "no guidance to share: guidance_scale 1"),
         (["guidance_parallel=true", "denoising_step_list=[1000,500]"], "few steps have none"),
         (["guidance_parallel=true", "guidance_passes=one"], "set one of them"),
+        (["sequence_parallel=2", "vae_device=cuda:1"], "leave vae_device out"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(None, settings)
