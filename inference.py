@@ -367,6 +367,7 @@ def load_pipeline(config: Config, device: torch.device, ranks: VideoRanks | None
 def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
     """What the pipeline, loaded, will hold while it makes `num_frames` latents."""
     guided = config.denoising_step_list is None and config.guidance_scale != 1
+    decodes_here = pipeline.vae.device == pipeline.generator.model.device
     return plan_inference(
         pipeline.generator.model.config,
         height=config.height,
@@ -380,10 +381,10 @@ def plan_memory(pipeline, config: Config, num_frames: int) -> MemoryPlan:
         text_encoder=pipeline.text_encoder.model,
         offload_text_encoder=pipeline.text_encoder.offload,
         clip=pipeline.clip,
-        vae=pipeline.vae,
+        vae=pipeline.vae if decodes_here else None,
         vae_dim=pipeline.vae.decoder.outer_channels,
         vae_patch_size=pipeline.vae.decoder.patch_size,
-        latents_per_chunk=pipeline.vae.latents_per_chunk,
+        latents_per_chunk=pipeline.vae.latents_per_chunk if decodes_here else 0,
     )
 
 

@@ -4,7 +4,8 @@
     python benchmarks/realtime.py --preset embedded vae_decoder=tiny
     python benchmarks/realtime.py --preset window --random_weights --steady_blocks 20 --json window.json
 
-A preset is a file of configs/presets/; key=value overrides it. Wall-clock around synchronised work, after one video
+A preset is a file of configs/presets/; key=value overrides it: compile=max, linear_dtype=float8, vae_overlap=true.
+benchmarks/variants.py measures several of these in one process. Wall-clock around synchronised work, after one video
 that warms up; of several repeats the fastest counts, and all are in the JSON.
 
 - transformer: denoising and remembering, no decoding
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks.stream_report import describe_machine, markdown, percentiles
 from demo import jpeg_html
-from pipeline.build import assemble_pipeline, build_generator, build_pipeline, build_vae
+from pipeline.build import accelerate, assemble_pipeline, build_generator, build_pipeline, build_vae, record_passes
 from utils.config import ROOT, Config, load_config
 from utils.distributed import resolve_device, resolve_dtype
 from utils.flops import pass_flops
@@ -90,12 +91,16 @@ def load(config: Config, device: torch.device, random_weights: bool):
     def encode(prompts: Sequence[str]) -> Tensor:
         return embeds.expand(len(prompts), -1, -1)
 
-    return assemble_pipeline(config, generator, encode, build_vae(config, device))
+    pipeline = assemble_pipeline(config, generator, encode, build_vae(config, device))
+    accelerate(generator, config)
+    record_passes(pipeline, config)
+    return pipeline
 
 
 def now(device: torch.device) -> float:
+    """When the device has done what was asked for on the current stream; another may be denoising the next block."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()
 
 
@@ -108,10 +113,11 @@ class Timed(NamedTuple):
 
 
 def timed(blocks: Iterator, device: torch.device) -> Timed:
-    """The clock waits for the device after every block."""
+    """The clock waits for the device after every block, for the one that decodes where there are pixels."""
     last, last_cpu, figures = now(device), time.process_time(), Timed([], [], [])
-    for _ in blocks:
-        moment, cpu = now(device), time.process_time()
+    for block in blocks:
+        moment = now(block.device if isinstance(block, Tensor) else device)
+        cpu = time.process_time()
         figures.seconds.append(moment - last)
         figures.cpu_seconds.append(cpu - last_cpu)
         figures.bytes.append(bytes_in_use(device))
@@ -187,6 +193,7 @@ class Stand:
             "first_frame_s": arrivals[0],
             "cpu_s_per_block": sum(stream.cpu_seconds) / len(with_vae),
             "block_transformer_s": percentiles(transformer[1:]),
+            "last_block_s": transformer[clip - 1],
             "block_with_vae_s": percentiles(with_vae[1:]),
         }
         steady = len(with_vae) - clip
@@ -211,21 +218,27 @@ class Stand:
         guided = pipeline.timesteps is None and pipeline.guidance_scale != 1
         passes = (steps + config.clean_context) * (1 + guided)
         latents = torch.zeros(1, self.block, sizes.out_dim, config.height // side, config.width // side)
+        latents, decode = pipeline.vae._to_model(latents), pipeline.vae.decoder.decode  # not compiled: it is to be seen
         cache = pipeline.vae.make_cache()
-        pipeline.vae.decode_to_pixel(latents, cache=cache)
+        decode(latents, cache)
         with FlopCounterMode(display=False) as counter:
-            pipeline.vae.decode_to_pixel(latents, cache=cache)
+            decode(latents, cache)
         return {"passes": passes, "transformer_block": passes * work, "vae_block": float(counter.get_total_flops())}
 
 
 def reference_error(config: Config, stand: Stand, random_weights: bool) -> dict:
     """Latents and pixels of the measured pipeline against eager float32 with the full VAE, from the same noise."""
     plain = {"dtype": "float32", "vae_dtype": "auto", "vae_decoder": "full"}
-    exact = replace(config, **plain, attention_backend="sdpa", compile=False)
+    exact = replace(config, **plain, attention_backend="sdpa", compile="off", linear_dtype="auto")
     options = stand.options(config.num_output_frames)
     pixels, latents = stand.pipeline.inference(**options, return_latents=True)
     reference = load(exact, stand.device, random_weights)
     true_pixels, true_latents = reference.inference(**options, return_latents=True)
+    return errors(latents, pixels.to(true_pixels.device), true_latents, true_pixels)
+
+
+def errors(latents: Tensor, pixels: Tensor, true_latents: Tensor, true_pixels: Tensor) -> dict:
+    """How far a video is from another."""
     error, pixel_error = latents - true_latents, (pixels - true_pixels).square().mean()
     return {
         "latents_relative": float(error.norm() / true_latents.norm()),
@@ -293,14 +306,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    path = PRESETS / f"{arguments.preset}.yaml"
-    config = load_config(path if path.is_file() else arguments.preset, arguments.overrides)
-    settings = {
-        "preset": arguments.preset,
-        "overrides": arguments.overrides,
-        "random_weights": arguments.random_weights,
+def describe_config(config: Config) -> dict:
+    """The settings that figures depend on."""
+    return {
         "model": config.model_name,
         "size": [config.width, config.height],
         "latent_frames": config.num_output_frames,
@@ -311,8 +319,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vae_decoder": config.vae_decoder,
         "vae_dtype": config.vae_dtype,
         "dtype": str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch."),
+        "compile": config.compile,
+        "linear_dtype": config.linear_dtype,
+        "vae_overlap": config.vae_overlap,
+        "vae_device": config.vae_device,
     }
-    result = {"settings": settings, **run(config, arguments)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    path = PRESETS / f"{arguments.preset}.yaml"
+    config = load_config(path if path.is_file() else arguments.preset, arguments.overrides)
+    settings = {
+        "preset": arguments.preset,
+        "overrides": arguments.overrides,
+        "random_weights": arguments.random_weights,
+    }
+    result = {"settings": settings | describe_config(config), **run(config, arguments)}
     report = markdown({arguments.preset: result})
     print(report)
     for target, text in ((arguments.json, json.dumps(result, indent=1) + "\n"), (arguments.markdown, report)):

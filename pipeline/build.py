@@ -57,26 +57,31 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
     return generator.eval().requires_grad_(False)
 
 
-def accelerate(pipeline: CausalDiffusionInferencePipeline | BidirectionalInferencePipeline, config: Config) -> None:
+def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:
     """Make a loaded transformer as fast as `linear_dtype` and `compile` say. What changes its weights comes before.
 
     Raises ValueError where the hardware or the model's dtype does not fit.
     """
-    model = pipeline.generator.model
+    model = generator.model
     if config.linear_dtype == "bfloat16" and model.dtype != torch.bfloat16:
         raise ValueError(f"linear_dtype is bfloat16, but the model is loaded in {model.dtype}; set dtype=bfloat16")
     if config.linear_dtype == "float8":
         check_float8(model.device)
         logger.info("%d linear layers in float8, the others stay %s", quantise_linears(model), model.dtype)
-    if not config.compiles:
+    if config.compiles:
+        model.fuse_projections()
+        model.compile_blocks()
+        logger.info("compile=%s: a first video compiles on its way, later ones run at full speed", config.compile)
+
+
+def record_passes(pipeline: CausalDiffusionInferencePipeline | BidirectionalInferencePipeline, config: Config) -> None:
+    """Let a pipeline replay its passes as CUDA graphs, if the config wants it and there is what can be recorded."""
+    if config.compile != "max":
         return
-    model.fuse_projections()
-    model.compile_blocks()
-    logger.info("compile=%s: a first video compiles on its way, later ones run at full speed", config.compile)
-    alone = config.causal and model.sequence_parallel is None
-    if config.compile == "max" and alone and model.device.type == "cuda":
+    model = pipeline.generator.model
+    if config.causal and model.device.type == "cuda" and model.sequence_parallel is None:
         pipeline.record_passes(CudaRecorder(model.device))
-    elif config.compile == "max":
+    else:
         logger.info("compile=max records passes of causal models on one GPU; here it does what default does")
 
 
@@ -122,7 +127,8 @@ def build_pipeline(
     elif config.causal and generator.model.config.pose_dim and (own := pose_file(config.model_name)) is not None:
         pipeline.load_pose_embedding_weights(own)
     if not in_training:
-        accelerate(pipeline, config)
+        accelerate(generator, config)
+        record_passes(pipeline, config)
     return pipeline
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, realtime
+from benchmarks import compare, realtime, variants
 from benchmarks.stream_report import markdown, percentiles
 from utils.config import load_config
 
@@ -59,3 +59,27 @@ def test_every_preset_loads(path: Path):
     assert config.denoising_step_list and config.guidance_scale == 1
     window = config.model_kwargs
     assert window.local_attn_size == -1 or window.sink_size == 3
+
+
+def test_variants_share_their_networks_and_are_compared_with_launches(tmp_path: Path, tiny_model_folder, capsys):
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "num_output_frames=6", "device=cpu"]
+    words = ["off", "off+tiny", "window+off+overlap", "off+fp8"]
+    options = ["--preset", "embedded", "--json", str(tmp_path / "variants.json"), "--steady_blocks", "1"]
+    assert variants.main([*options, "--variants", *words, "--settings", *settings]) == 1
+    results = json.loads((tmp_path / "variants.json").read_text())
+    assert list(results) == words[:3]  # float8 is refused on a CPU, and that ends only its own measurement
+    equal = {"latents_relative": 0, "latents_largest": 0, "pixels_psnr_db": None}
+    assert results["off"]["error"] == results["window+off+overlap"]["error"] == equal
+    assert results["off+tiny"]["error"]["latents_relative"] == 0 < results["off+tiny"]["error"]["pixels_psnr_db"] < 60
+    assert all(result[name] > 0 for result in results.values() for name in (*FOUR, "last_block_s", "cold_video_s"))
+    told = capsys.readouterr().out
+    assert "linear_dtype=float8 needs a GPU" in told and "off+tiny: transformer" in told
+    assert variants.main([*options, "--seconds", "0", "--settings", *settings]) == 0
+    assert "max+fp8: left out, the time is over" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="variant 'max\\+fp4': no word 'fp4'; there are off, default, max, fp8"):
+        variants.main(["--variants", "max+fp4"])
+
+
+def test_every_variant_is_a_config():
+    for variant in variants.VARIANTS:
+        load_config(realtime.PRESETS / "exact.yaml", variants.settings_of(variant))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import CausalDiffusionInferencePipeline
-from pipeline.build import accelerate, build_pipeline
+from pipeline.build import accelerate, build_pipeline, record_passes
 from pipeline.graphs import CapturedPasses, CudaRecorder
 from pipeline.rollout import Path, plan_blocks, rollout
 from tests.pipeline.test_causal_diffusion_inference import SIZE, LatentsAsPixels, toy_pipeline
@@ -217,7 +217,9 @@ def test_max_is_off_within_the_error_of_bfloat16(walk: dict, linear_dtype: str, 
     off = latents_of(gpu_pipeline(torch.bfloat16, **walk))
     allowed = share * relative(off, latents_of(gpu_pipeline(torch.float32, **walk)))
     fast = gpu_pipeline(torch.bfloat16, **walk)
-    accelerate(fast, load_config(overrides=["compile=max", f"linear_dtype={linear_dtype}"]))
+    config = load_config(overrides=["compile=max", f"linear_dtype={linear_dtype}"])
+    accelerate(fast.generator, config)
+    record_passes(fast, config)
     for _ in range(2):
         assert 0 < relative(latents_of(fast), off) < allowed
 
