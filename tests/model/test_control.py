@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base import Batch
@@ -190,3 +191,41 @@ def test_pose_networks_and_pose_proj_learn():
     objective.loss(make_batch(), draws())[0].backward()
     grads = [p.grad for p in (*objective.pose_embedding.parameters(), *network.model.pose_proj.parameters())]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def moving_discs(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Discs that move straight: drawings uint8 [n, 5, 3, 32, 32], and latents [n, 2, 1, 4, 4] of where they are."""
+    start = 8 + 16 * torch.rand(count, 1, 2, generator=generator)
+    at = start + torch.randn(count, 1, 2, generator=generator) * torch.arange(5)[:, None]
+    grid = torch.arange(32) + 0.5
+    far = (grid[:, None] - at[..., 1, None, None]) ** 2 + (grid - at[..., 0, None, None]) ** 2
+    disc = (far < 36).float()
+    latents = 3 * F.avg_pool2d(disc[:, ::4], 8)[:, :, None]
+    return (255 * disc).to(torch.uint8)[:, :, None].expand(-1, -1, 3, -1, -1), latents - latents.mean()
+
+
+def test_a_pose_is_soon_followed():
+    """What moves is only to be known from the drawings: samples that have them leave the others behind."""
+    torch.manual_seed(0)
+    sizes = replace(SIZES, dim=32, ffn_dim=64, in_dim=1, out_dim=1)
+    network = WanDiffusionWrapper("", True, from_scratch=True, model_config=sizes, num_frame_per_block=1)
+    network.model.add_pose_proj(16)
+    embedding = DWPoseEmbedding(16).init_weights()
+    plain, imaged = (
+        CausalDiffusion(network, network.scheduler, num_frame_per_block=1, image_first=first) for first in (False, True)
+    )
+    objective, none = ControlledDiffusion(embedding, plain, imaged), torch.tensor([], dtype=torch.int64)
+    optimizer = torch.optim.AdamW([*network.parameters(), *embedding.parameters()], lr=5e-3, betas=(0.9, 0.98))
+    generator, losses = torch.Generator().manual_seed(1), []
+    for step in range(30):
+        drawings, latents = moving_discs(12, generator)
+        nobody = (latents[:0, :1], drawings[:0, :1], none.bool(), none.bool())
+        controls = Controls(drawings[6:], torch.arange(6, 12), torch.arange(12), none, *nobody)
+        batch = Batch(latents, Conditioning(torch.zeros(12, 2, 4)), controls=controls)
+        loss, details = objective.loss(batch, SampleRngs(Rngs(0, step, torch.device("cpu")), range(12)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append([float(details[f"loss_plain_{name}"]) for name in ("posed", "unposed")])
+    posed, unposed = torch.tensor(losses[-8:]).mean(0)
+    assert posed < 0.5 * unposed
