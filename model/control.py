@@ -1,4 +1,4 @@
-"""Flow matching on clips of which some come with a pose to follow and some with an image to go by."""
+"""Objectives on clips of which some come with a pose to follow and some with an image to go by."""
 
 from dataclasses import replace
 
@@ -6,30 +6,35 @@ import torch
 from torch import Tensor
 
 from model.base import Batch
-from model.diffusion import CausalDiffusion, by_noise_level
+from model.consistency import ConsistencyDistillation
+from model.diffusion import CausalDiffusion
 from pipeline.pose import prepare_drawings
 from utils.conditioning import Conditioning
 from utils.dataset import Controls
 from utils.distributed import SampleRngs
 from wan.modules.pose import DWPoseEmbedding
 
+Objective = CausalDiffusion | ConsistencyDistillation
 
-class ControlledDiffusion:
-    """Teacher forcing on what inference will walk: pose tokens in both halves, an image in front of the clip.
 
-    without an image                       [0 1 2] [3 4 5] ...     as in CausalDiffusion
+class ControlledObjective:
+    """An objective under teacher forcing, on what inference will walk.
+
+    Pose tokens stand in both halves, an image in front of the clip:
+
+    without an image                       [0 1 2] [3 4 5] ...     as without controls
     its own first frame (context)      [0] [1 2 3] [4 5 6] ...     blocks begin one frame later
     a reference (ref_sink)             [r] [0 1 2] [3 4 5] ...     r has the pose of the reference, or none
 
     The image is never learned, and it stays in sight. Samples without a pose have tokens of zeros, which are none.
     """
 
-    def __init__(self, pose_embedding: DWPoseEmbedding, plain: CausalDiffusion, imaged: CausalDiffusion):
+    def __init__(self, pose_embedding: DWPoseEmbedding, plain: Objective, imaged: Objective):
         """plain, imaged: the objective on clips without and with an image."""
         self.pose_embedding, self.plain, self.imaged = pose_embedding, plain, imaged
 
     def loss(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over learned frames, and how it splits: by noise, and by what steers the sample."""
+        """Mean loss over learned frames, and how it splits: as the objective's, and by what steers the sample."""
         controls, tokens = batch.controls, self.pose_tokens(batch)
         is_posed = torch.zeros(len(tokens), device=tokens.device).index_fill(0, controls.posed, 1.0)
         errors, weights, times, details = [], [], [], {}
@@ -48,7 +53,7 @@ class ControlledDiffusion:
             weights.append(weight.flatten())
             times.append(t.flatten())
         error, weight, t = torch.cat(errors), torch.cat(weights), torch.cat(times)
-        return (weight * error).mean(), by_noise_level(error.detach(), t) | details
+        return (weight * error).mean(), self.plain.details(error.detach(), t) | details
 
     def pose_tokens(self, batch: Batch) -> Tensor:
         """[B, pose_dim, F, h/2, w/2], zeros where there is no pose."""
@@ -65,7 +70,10 @@ class ControlledDiffusion:
 
     def part(self, batch: Batch, places: Tensor, pose: Tensor) -> Batch:
         """The samples at `places`, with their pose."""
-        return Batch(batch.clean_latent[places], Conditioning(batch.conditioning.prompt_embeds[places], pose=pose))
+        negative = None if batch.negative is None else Conditioning(batch.negative.prompt_embeds[places])
+        return Batch(
+            batch.clean_latent[places], Conditioning(batch.conditioning.prompt_embeds[places], pose=pose), negative
+        )
 
     def with_image(self, part: Batch, controls: Controls) -> Batch:
         """The same with the image in front, as many frames as split into it and whole blocks."""
@@ -77,7 +85,8 @@ class ControlledDiffusion:
         behind = torch.cat([controls.references.to(x0.dtype), x0[:, : num_frames - 1]], dim=1)
         pose_behind = torch.cat([reference_pose, pose[:, :, : num_frames - 1]], dim=2)
         pose = torch.where(own, pose[:, :, :num_frames], pose_behind)
-        return Batch(torch.where(own, x0[:, :num_frames], behind), replace(part.conditioning, pose=pose))
+        latents = torch.where(own, x0[:, :num_frames], behind)
+        return replace(part, clean_latent=latents, conditioning=replace(part.conditioning, pose=pose))
 
 
 def _by_pose(name: str, error: Tensor, is_posed: Tensor) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class CausalDiffusion:
     def loss(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a batch, and how it splits over low, middle and high noise."""
         error, weight, t = self.errors(batch, rngs)
-        return (weight * error).mean(), by_noise_level(error.detach(), t)
+        return (weight * error).mean(), self.details(error.detach(), t)
 
     def errors(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, Tensor, Tensor]:
         """Squared error, its weight, and the time it was made at, of every frame that is learned: [B, F] each."""
@@ -70,6 +70,14 @@ class CausalDiffusion:
         weight = self.scheduler.training_weight(t) if self.timestep_weighting else torch.ones_like(t)
         learned = slice(int(self.image_first), None)
         return error[:, learned], weight[:, learned], t[:, learned]
+
+    def details(self, error: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Mean error of frames with t in the lower, middle and upper third; 0 where there are none."""
+        third = (t / 1000 * 3).long().clamp(0, 2)
+        return {
+            f"loss_{name}_noise": (error * (third == i)).sum() / (third == i).sum().clamp(min=1)
+            for i, name in enumerate(("low", "middle", "high"))
+        }
 
     def timesteps(self, num_frames: int, rngs: SampleRngs) -> Tensor:
         """Shifted times [B, F] in [0, 1000]: one draw per block, or per clip when bidirectional."""
@@ -92,12 +100,3 @@ class CausalDiffusion:
         if self.image_first:
             aug_t[:, 0] = 0
         return self.scheduler.add_noise(x0, rngs.randn(*x0.shape[1:]), aug_t), aug_t
-
-
-def by_noise_level(error: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Mean error over frames with t in the lower, middle and upper third; 0 where there are none."""
-    third = (t / 1000 * 3).long().clamp(0, 2)
-    return {
-        f"loss_{name}_noise": (error * (third == i)).sum() / (third == i).sum().clamp(min=1)
-        for i, name in enumerate(("low", "middle", "high"))
-    }

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from model.base import Player
 from model.consistency import ConsistencyDistillation
+from model.control import ControlledObjective
 from trainer.few_step import FewStepTrainer
 from utils.sharding import local
 
@@ -18,18 +19,27 @@ class ConsistencyTrainer(FewStepTrainer):
     name = "consistency"
 
     def make_players(self) -> list[Player]:
-        config, settings = self.config, self.config.consistency
+        settings = self.config.consistency
         self.average = self.freeze(self.build_generator())
-        self.objective = ConsistencyDistillation(
+        self.teacher = self.build_teacher(is_causal=settings.causal_teacher)
+        self.objective = self.make_objective()
+        if self.pose_embedding is not None:
+            imaged = self.make_objective(image_first=True)
+            self.objective = ControlledObjective(self.pose_embedding, self.objective, imaged)
+        return [self.student(self.objective.loss)]
+
+    def make_objective(self, *, image_first: bool = False) -> ConsistencyDistillation:
+        config = self.config
+        return ConsistencyDistillation(
             self.generator,
             self.average,
-            self.build_teacher(is_causal=settings.causal_teacher),
+            self.teacher,
             guidance_scale=config.distillation.real_guidance_scale,
-            steps=settings.solver_steps,
+            steps=config.consistency.solver_steps,
             num_frame_per_block=config.num_frame_per_block,
             independent_first_frame=config.independent_first_frame,
+            image_first=image_first,
         )
-        return [self.student(self.objective.loss)]
 
     def start(self) -> None:
         super().start()
@@ -53,10 +63,10 @@ class ConsistencyTrainer(FewStepTrainer):
     def step_flops(self) -> float:
         """The student's pass, its average's, and the teacher's with and without words."""
         own = self.clip_flops(self.model_config, is_causal=True, teacher_forcing=True)
-        teacher = self.objective.teacher
+        teacher, guided = self.teacher, self.config.distillation.real_guidance_scale != 1
         theirs = self.clip_flops(
             teacher.model.config, is_causal=teacher.is_causal, teacher_forcing=teacher.is_causal
-        ) * (1 if self.objective.guidance_scale == 1 else 2)
+        ) * (2 if guided else 1)
         return (self.learning_flops(own) + own + theirs) * self.config.batch_size * self.num_passes
 
     def activation_bytes(self) -> int:

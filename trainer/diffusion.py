@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from model.base import Player
-from model.control import ControlledDiffusion
+from model.control import ControlledObjective
 from model.diffusion import CausalDiffusion
 from trainer.latents import LatentTrainer
 from utils.flops import pose_flops
@@ -18,12 +18,13 @@ class DiffusionTrainer(LatentTrainer):
     """Teacher forcing, diffusion forcing or bidirectional, by `causal` and `teacher_forcing`."""
 
     name = "diffusion"
+    learns_pose = True
 
     def make_players(self) -> list[Player]:
         self.objective = self.make_objective()
         if self.pose_embedding is not None:
             imaged = self.make_objective(image_first=True)
-            self.objective = ControlledDiffusion(self.pose_embedding, self.objective, imaged)
+            self.objective = ControlledObjective(self.pose_embedding, self.objective, imaged)
         return [self.student(self.objective.loss)]
 
     def make_objective(self, *, image_first: bool = False) -> CausalDiffusion:

@@ -60,6 +60,7 @@ class LatentTrainer(Trainer):
 
     can_shard = True
     can_graph = True
+    learns_pose = False  # whether pose networks learn too; else a model's own help a student to learn what they say
 
     @property
     def learns_from(self) -> str:
@@ -93,7 +94,7 @@ class LatentTrainer(Trainer):
     def student(self, loss: Loss) -> Player:
         """The player that is exported: the generator, and text encoder and pose networks if they learn too."""
         learners = {"generator": self.generator}
-        if self.pose_embedding is not None:
+        if self.pose_embedding is not None and self.learns_pose:
             learners["dwpose_embedding"] = self.pose_embedding
         if self.config.train_text_encoder:
             learners["text_encoder"] = self.text_encoder
@@ -140,13 +141,18 @@ class LatentTrainer(Trainer):
         return generator
 
     def build_pose_embedding(self) -> DWPoseEmbedding:
-        """The model folder's pose network, or a new one."""
+        """The model folder's pose network, or a new one where pose is learned."""
         embedding = DWPoseEmbedding(self.config.control.pose_dim).init_weights()
         known = None if self.config.from_scratch else pose_file(self.config.model_name)
+        if known is None and not self.learns_pose:
+            raise ConfigError(
+                f"control.pose_dim is set, but {self.config.model_name} has no {POSE_FILES[0]} for the {self.name} "
+                "trainer to go by; start from a model that has learned poses (configs/puppet_pose.yaml)"
+            )
         if known is not None:
             own = {name: t.float() for name, t in pose_weights(read_tensors(known), "dwpose_embedding").items()}
             assign_weights(embedding, own, f"{known} (dwpose_embedding)")
-        return embedding.to(self.device).requires_grad_(True)
+        return embedding.to(self.device).requires_grad_(self.learns_pose)
 
     @property
     def starting_point(self) -> str | None:

@@ -438,9 +438,14 @@ class Config:
         for name, value in vars(self.control).items():
             if name != "pose_dim" and not 0 <= value <= 1:
                 raise ConfigError(f"control.{name} is {value}; a share lies in [0, 1]")
+        if self.trainer not in ("diffusion", "consistency"):
+            raise ConfigError(
+                f"control.pose_dim is {self.control.pose_dim}, but the {self.trainer} trainer knows neither pose nor "
+                "image; set trainer: diffusion or consistency, or control.pose_dim: 0"
+            )
         for name, value, wanted in (
-            ("trainer", self.trainer, "diffusion"),
             ("data.kind", self.data.kind, "puppet"),
+            ("consistency.causal_teacher", self.consistency.causal_teacher, True),
             ("causal", self.causal, True),
             ("teacher_forcing", self.teacher_forcing, True),
             ("independent_first_frame", self.independent_first_frame, False),

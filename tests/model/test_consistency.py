@@ -111,3 +111,11 @@ def test_a_first_frame_of_its_own():
     objective.loss(clips(64, frames=7), rngs(64))
     t = objective.generator.seen[0][2]
     assert (t[:, 0] != t[:, 1]).any() and torch.equal(t[:, 1:4], t[:, 1:2].expand(-1, 3))
+
+
+def test_an_image_in_front_is_shown_to_all_and_not_learned():
+    objective = make(Gaussian(), image_first=True)
+    error, weight, t = objective.errors(clips(4, frames=7), rngs(4))
+    assert error.shape == weight.shape == t.shape == (4, 6)
+    with pytest.raises(ValueError, match="set consistency.causal_teacher"):
+        make(Gaussian(is_causal=False), image_first=True)

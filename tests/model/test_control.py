@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base import Batch
-from model.control import ControlledDiffusion
+from model.control import ControlledObjective
 from model.diffusion import CausalDiffusion
 from pipeline.pose import DrivingPose
 from pipeline.rollout import Path, denoise_path, plan_blocks, remember
@@ -67,14 +67,14 @@ class Listener(nn.Module):
         return flow, x0
 
 
-def make_objective(network: nn.Module, scheduler, **options) -> ControlledDiffusion:
+def make_objective(network: nn.Module, scheduler, **options) -> ControlledObjective:
     torch.manual_seed(2)
     embedding = DWPoseEmbedding(WIDTH).init_weights()
     nn.init.normal_(embedding[-1].bias)
     plain, imaged = (
         CausalDiffusion(network, scheduler, image_first=first, **OPTIONS, **options) for first in (False, True)
     )
-    return ControlledDiffusion(embedding, plain, imaged)
+    return ControlledObjective(embedding, plain, imaged)
 
 
 def draws(count: int = 4) -> SampleRngs:
@@ -214,7 +214,7 @@ def test_a_pose_is_soon_followed():
     plain, imaged = (
         CausalDiffusion(network, network.scheduler, num_frame_per_block=1, image_first=first) for first in (False, True)
     )
-    objective, none = ControlledDiffusion(embedding, plain, imaged), torch.tensor([], dtype=torch.int64)
+    objective, none = ControlledObjective(embedding, plain, imaged), torch.tensor([], dtype=torch.int64)
     optimizer = torch.optim.AdamW([*network.parameters(), *embedding.parameters()], lr=5e-3, betas=(0.9, 0.98))
     generator, losses = torch.Generator().manual_seed(1), []
     for step in range(30):

@@ -9,7 +9,8 @@ import torch
 
 import inference
 from pipeline.build import build_pipeline
-from tests.trainer.toy import make, state
+from tests.trainer.toy import FEW_STEPS, make, state
+from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
 from utils.config import ConfigError, load_config
 from wan.configs import POSE_FILES, WanConfig
@@ -86,6 +87,22 @@ def test_what_inference_loads_is_what_training_had(exported: Path, tmp_path: Pat
         make_trainer(tmp_path / "wide", vae_folder, *settings, "control.pose_dim=16")
 
 
+def test_a_few_step_student_learns_to_follow(exported: Path, tmp_path: Path, vae_folder: Path):
+    settings = [*FEW_STEPS, f"model_name={exported}", "max_steps=1", "guidance_scale=1"]
+    trainer = make(ConsistencyTrainer, tmp_path / "few", vae_folder, *CONTROL, *settings)
+    before = trainer.generator.model.pose_proj.weight.clone()
+    assert trainer.teacher.model.pose_proj.weight.any()
+    trainer.train()
+    assert not torch.equal(trainer.generator.model.pose_proj.weight, before)
+    folder = tmp_path / "few" / "export"
+    assert (folder / POSE_FILES[0]).read_bytes() == (exported / POSE_FILES[0]).read_bytes()  # theirs are the teacher's
+    lines = [json.loads(line) for line in (tmp_path / "few" / "metrics.jsonl").read_text().splitlines()]
+    assert {"student/loss", "student/error_noisy_half", "student/loss_imaged_posed"} <= lines[0].keys()
+    (folder / POSE_FILES[0]).unlink()
+    with pytest.raises(ConfigError, match=r"no pose_embedding.safetensors .* start from a model that has learned"):
+        make(ConsistencyTrainer, tmp_path / "none", vae_folder, *CONTROL, *settings, f"model_name={folder}")
+
+
 def test_held_out_clips_are_steered_too(tmp_path: Path, vae_folder: Path):
     trainer = make_trainer(tmp_path, vae_folder, "max_steps=1")
     trainer.start()
@@ -96,7 +113,8 @@ def test_held_out_clips_are_steered_too(tmp_path: Path, vae_folder: Path):
 REFUSED = (
     (["causal=false", "teacher_forcing=false"], "causal is False; .* causal: true"),
     (["teacher_forcing=false"], "teacher_forcing: true"),
-    (["trainer=score_distillation"], "trainer: diffusion"),
+    (["trainer=score_distillation"], "trainer: diffusion or consistency"),
+    (["trainer=consistency", "consistency.causal_teacher=false"], "consistency.causal_teacher: true"),
     (["control.wrong_action=2"], "control.wrong_action is 2"),
     (["num_training_frames=3"], "must fit into a clip"),
 )
