@@ -10,7 +10,7 @@ replay, keys of the past are in the cache's slab, and those of a new prompt take
 
 from collections.abc import Callable
 from typing import Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self.pool = None
 
     def run(self, function: Run) -> Tensor:
         caller = torch.cuda.current_stream(self.stream.device)
@@ -56,6 +57,9 @@ class CudaRecorder:
 
     def record(self, function: Run) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
+        if not self.graphs:  # torch gives up a pool with the last graph that lives in it
+            self.pool = torch.cuda.graph_pool_handle()
+        self.graphs.add(graph)
         # thread_local: what other threads do meanwhile (pictures for a browser) is none of the capture's business.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = function()

@@ -159,3 +159,14 @@ def test_a_real_model_shows_what_inference_writes(tiny_model_folder, tmp_path, m
     assert inference.main([*command, *settings]) == 0
     written = json.loads((tmp_path / "metadata.jsonl").read_text())["fingerprint"]
     assert hashlib.sha256(torch.stack(frames).numpy()).hexdigest().startswith(written)
+
+
+def test_what_compiles_does_it_before_the_page_opens(caplog):
+    pipeline = FakePipeline()
+    with caplog.at_level("INFO", logger="demo"):
+        demo.warm_up(pipeline, load_config(overrides=["compile=max", "num_output_frames=6"]))
+    assert pipeline.calls == [("warming up", 0, 0, 6)]
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "compile=max: block 1 of 2",
+        "compile=max: block 2 of 2",
+    ]

@@ -184,9 +184,9 @@ def gpu_pipeline(dtype: torch.dtype, **window) -> CausalDiffusionInferencePipeli
     words = torch.randn(1, 5, 12).to("cuda", dtype)
     generator = generator.to("cuda", dtype).eval().requires_grad_(False)
     steps = [1000, 750, 500, 250]
-    return CausalDiffusionInferencePipeline(
-        generator, lambda prompts: words, LatentsAsPixels(), denoising_step_list=steps
-    )
+    vae = LatentsAsPixels()
+    vae.device = generator.model.device
+    return CausalDiffusionInferencePipeline(generator, lambda prompts: words, vae, denoising_step_list=steps)
 
 
 def latents_of(pipeline: CausalDiffusionInferencePipeline) -> torch.Tensor:
@@ -250,3 +250,20 @@ def test_replays_never_wait_for_the_device():
         assert len(list(islice(stream, 6))) == 6
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_another_size_takes_the_memory_of_the_last_one():
+    """Recordings go with their cache; those of the next one find a pool of their own."""
+    pipeline = gpu_pipeline(torch.bfloat16, local_attn_size=6)
+    pipeline.record_passes(CudaRecorder(pipeline.device))
+    options = {"text_prompts": ["a"], "seeds": [1], "num_frames": 9, "width": 128}
+    first = pipeline.inference(**options, height=128)
+    used = []
+    for _ in range(2):
+        pipeline.inference(**options, height=256)
+        assert relative(pipeline.inference(**options, height=128), first) < 1e-3
+        gc.collect()
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_reserved())
+    assert used[1] <= used[0]

@@ -36,6 +36,15 @@ def test_streaming_decode_is_the_whole_decode(vae, parts, handed_in):
         torch.testing.assert_close(torch.cat(streamed, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_remembered_looks_the_same_after_every_chunk(vae):
+    """Strides too: compiled code is made for them, and at full size that takes a minute."""
+    cache, seen = vae.make_cache(), set()
+    for _ in range(3):
+        vae.decode_to_pixel(torch.zeros(1, 3, 16, 4, 6), cache=cache)
+        seen.add(tuple((past.shape, past.stride()) for past in cache.decoder))
+    assert len(seen) == 1
+
+
 def test_encoding_in_chunks_is_encoding_at_once(vae):
     pixels = torch.rand(1, 25, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     at_once = vae.model.encode(pixels.transpose(1, 2)).transpose(1, 2)

@@ -347,7 +347,7 @@ class WanModel(nn.Module):
             x = torch.cat([x, y.to(x.dtype)], dim=1)
         self.config.tokens_per_frame(*x.shape[-2:])  # a size that does not split into patches is refused with a remedy
         patches = self.patch_embedding(x.to(self.dtype))
-        tokens = patches.flatten(2).transpose(1, 2)
+        tokens = patches.flatten(2).transpose(1, 2).contiguous()  # as after every block, for which code is compiled
         if add_condition is not None:
             tokens = tokens + self.embed_pose(add_condition, tokens.shape[1])
         return tokens, tuple(patches.shape[2:])

@@ -130,7 +130,10 @@ class CausalConv3d(nn.Conv3d):
         else:
             x = torch.cat([past, x], dim=2)
         if history is not None:
-            history[self.slot] = x[:, :, -self.num_past :].detach().clone()
+            past = x[:, :, -self.num_past :].detach()
+            # Not preserve_format, which keeps the batch's stride of the longer x: chunks of another length would make
+            # compiled code anew for a number that means nothing.
+            history[self.slot] = past.clone(memory_format=torch.channels_last_3d)
         return x
 
 
