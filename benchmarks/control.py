@@ -46,7 +46,7 @@ LATER = 160  # frame of a scene that its reference picture shows
 SAME_BODY = 0.04  # mean relative error of limb lengths up to which two bodies are one
 Seen = tuple[Tensor, Tensor]  # videos and the joints that were read in them
 LIMBS = ((1, 8), (1, 11), (2, 3), (3, 4), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13))
-TOY = {"num_seen": 1, "num_unseen": 1, "num_retargeted": 1, "num_latents": 12, "num_streams": 1, "stream_latents": 12}
+TOY = {"num_seen": 1, "num_unseen": 1, "num_retargeted": 0, "num_latents": 12, "num_streams": 1, "stream_latents": 12}
 TOY |= {"batch_size": 2, "size": 32}
 
 
@@ -95,7 +95,7 @@ def pixel_frames(num_latents: int) -> int:
 
 def drawn(asked: Tensor, size: int) -> Tensor:
     """Joints [B, F_px, 18, 3] as drawings uint8 [B, F_px, 3, size, size]."""
-    frames = draw(asked.flatten(0, 1), (CANVAS, CANVAS), (size, size), "native", hands=False)
+    frames = draw(asked.flatten(0, 1), (CANVAS, CANVAS), (size, size), "body")
     return frames.unflatten(0, asked.shape[:2])
 
 

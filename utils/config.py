@@ -148,6 +148,7 @@ class ControlConfig:
     first_frame: float = 0.5
     reference_pose_dropout: float = 0.5
     wrong_action: float = 0.3
+    hidden_joints: float = 0.2
     unsaid_looks: float = 0.5
 
 
@@ -255,8 +256,8 @@ class Config:
     image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
     pose_ckpt: str | None = None  # pose networks (and LoRA): UniAnimate's checkpoint, or one in its layout
     pose_lora: bool = True  # merge the LoRA of pose_ckpt, where it has one, into the generator
-    # of keypoint files: as UniAnimate's, or as trained here; auto: legacy for a pose_ckpt, else native
-    pose_drawing: Literal["auto", "legacy", "native"] = "auto"
+    # of keypoint files (utils/pose/draw.py); auto: legacy (UniAnimate's) for a pose_ckpt, else body (puppets')
+    pose_drawing: Literal["auto", "legacy", "native", "body"] = "auto"
     pose_strength: float = 1.0  # factor on the pose, in [0, 2]; 1 is as trained
     strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
@@ -325,7 +326,7 @@ class Config:
         """How keypoint files are drawn, a profile of utils.pose.draw."""
         if self.pose_drawing != "auto":
             return self.pose_drawing
-        return "legacy" if self.pose_ckpt else "native"
+        return "legacy" if self.pose_ckpt else "body"
 
     def check(self) -> None:
         """Refuse values and pairs of values that cannot work, each with a way out."""

@@ -20,6 +20,7 @@ class ControlShares:
     first_frame: float = 0.5  # images that are the clip's own first frame; the others show the puppet at another moment
     reference_pose_dropout: float = 0.5  # of those others: without their own skeleton, where the clip has a pose
     wrong_action: float = 0.3  # samples with a pose whose words tell of another action
+    hidden_joints: float = 0.2  # clips whose skeleton lacks joints, as those that a detector finds may
     unsaid_looks: float = 0.5  # samples with an image whose words tell of the action only
 
 

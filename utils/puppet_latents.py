@@ -13,14 +13,15 @@ from utils.dataset import Controls, ControlShares, Samples, TrainingData, upload
 from utils.distributed import SampleRngs, mix_seed
 from utils.pose.draw import draw
 from world.captions import captions
-from world.hashing import hash_int, hash_tensor
-from world.puppet import ACTIONS, CANVAS, Scenes, joints, sample_scenes
+from world.hashing import hash_int, hash_tensor, uniform
+from world.puppet import ACTIONS, CANVAS, JOINT_NAMES, Scenes, joints, sample_scenes
 from world.render import render
 
 logger = logging.getLogger(__name__)
 
 CAPTIONS_PER_CLIP = 4
 STEERED_CAPTIONS = 2  # of a clip with controls, of each of two kinds besides: another action; the action only
+HIDDEN = 0.2  # of the joints of a skeleton that lacks some
 MOMENTS = 160  # frames after a clip among which its reference is taken
 CLIPS_PER_RANK = 2**32  # scene numbers set aside for each rank
 
@@ -158,7 +159,8 @@ class PuppetLatents(TrainingData):
         place = chunk * self.chunk_size % self.pool_size
         if self.control is not None:
             variants += self._steered_captions(told, first)
-            self._keep("drawings", skeletons(scenes, self.num_frames, size=self.size), place)
+            shown = self._shown_joints(first)
+            self._keep("drawings", skeletons(scenes, self.num_frames, size=self.size, shown=shown), place)
             moment = self.num_frames + mix_seed(self.seed, first) % MOMENTS
             still = self.encode(render(scenes, 1, moment, size=self.size)).to(self.dtype)
             self._keep("references", still, place)
@@ -178,6 +180,12 @@ class PuppetLatents(TrainingData):
             captions(told, seed, looks=False) for seed in seeds[STEERED_CAPTIONS:]
         ]
 
+    def _shown_joints(self, first: int) -> Tensor:
+        """Which joints the skeletons of a chunk show, bool [B, 18]."""
+        index = torch.arange(first, first + self.chunk_size, device=self.device)[:, None] + hash_int(self.seed + 1)
+        drawn = uniform(hash_tensor(hash_tensor(index) + torch.arange(1 + len(JOINT_NAMES), device=self.device)))
+        return (drawn[:, :1] >= self.control.hidden_joints) | (drawn[:, 1:] >= HIDDEN)
+
     def _keep(self, name: str, values: Tensor, place: int) -> None:
         """A chunk's values in the pool of that name, from `place` on."""
         if getattr(self, name) is None:
@@ -185,11 +193,18 @@ class PuppetLatents(TrainingData):
         getattr(self, name)[place : place + len(values)] = values
 
 
-def skeletons(scenes: Scenes, num_frames: int, start_frame: int = 0, *, size: int) -> Tensor:
-    """Drawings of the scenes' skeletons as inference makes them of keypoints (native): uint8 [B, F, 3, s, s]."""
+def skeletons(
+    scenes: Scenes, num_frames: int, start_frame: int = 0, *, size: int, shown: Tensor | None = None
+) -> Tensor:
+    """Drawings of the scenes' skeletons as inference makes them of keypoints: uint8 [B, F, 3, size, size].
+
+    shown: bool [B, 18], the joints that they have; None: all.
+    """
     frames = torch.arange(start_frame, start_frame + num_frames, device=scenes.device)
     points = joints(scenes, frames)
-    drawn = draw(points.flatten(0, 1), (CANVAS, CANVAS), (size, size), "native", hands=False)
+    if shown is not None:
+        points[..., 2] *= shown[:, None]
+    drawn = draw(points.flatten(0, 1), (CANVAS, CANVAS), (size, size), "body")
     return drawn.unflatten(0, points.shape[:2])
 
 

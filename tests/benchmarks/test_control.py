@@ -44,7 +44,7 @@ def test_the_whole_road(posed_folder: Path, tmp_path: Path, monkeypatch):
     columns = content["many_step_poses"]["columns"]
     assert list(columns) == ["ground truth", "VAE round trip", "with pose", "without pose"]
     assert columns["with pose"]["seen"]["joint_error_px"] != columns["without pose"]["seen"]["joint_error_px"]
-    assert {"seen", "unseen", "retargeted", "all"} == set(columns["with pose"])
+    assert {"seen", "unseen", "all"} == set(columns["with pose"])
     assert len(content["many_step_streams"]["quarters"]) == 4
 
     monkeypatch.setattr(control, "streamed", None)  # run again, it reads what it measured
@@ -68,6 +68,7 @@ def test_the_few_step_model_makes_the_headlines():
 
 def test_sequences_are_what_they_say():
     args = control.parse_args(["--toy"])
+    args.num_retargeted = 1
     sequences = control.make_sequences(args)
     assert len(sequences) == 3 and sequences.asked.shape == (3, 49, 18, 3)
     improvised = sequences.scenes.action == control.IMPROVISE
@@ -80,7 +81,7 @@ def test_sequences_are_what_they_say():
 
 def test_the_committed_judges_know_a_body_and_a_motion():
     args = control.parse_args(["--toy", "--device", "cpu"])
-    args.size, args.num_retargeted = 128, 0
+    args.size = 128
     sequences, judges = control.make_sequences(args), load_judges()
     truth = control.true_pictures(sequences.scenes, 39, args)
     read, own = control.read_joints(truth, judges, args), joints(sequences.scenes, torch.arange(39))

@@ -103,7 +103,11 @@ def test_sizes_that_do_not_fit():
         make_pool(min_fill=9)
 
 
-STEERED = {"control": ControlShares(pose_dropout=0.25, image_dropout=0.5), "chunk_size": 4, "num_latent_frames": 3}
+STEERED = {
+    "control": ControlShares(pose_dropout=0.25, image_dropout=0.5, hidden_joints=0),
+    "chunk_size": 4,
+    "num_latent_frames": 3,
+}
 
 
 def test_controls_change_nothing_else():
@@ -160,6 +164,16 @@ def test_a_resumed_run_finds_the_same_controls():
     assert torch.equal(whole.posed, torch.cat([parts[0].posed, 4 + parts[1].posed]))
     for name in ("drawings", "references", "reference_posed", "first_frame"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_some_skeletons_lack_joints():
+    whole, lacking = (make_pool(control=ControlShares(hidden_joints=share)) for share in (0, 1))
+    for pool in (whole, lacking):
+        pool.fill(0)
+    shown = lacking._shown_joints(0)
+    assert 0.5 < shown.float().mean() < 1 and not torch.equal(shown[0], shown[1])
+    assert (lacking.drawings > 0).sum() < (whole.drawings > 0).sum()
+    assert torch.equal(whole.reference_drawings, lacking.reference_drawings)
 
 
 def test_pose_and_image_come_in_all_combinations_and_equal_shares():

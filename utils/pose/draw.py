@@ -1,9 +1,10 @@
-"""Skeletons to the drawings that pose networks read, in two profiles.
+"""Skeletons to the drawings that pose networks read, in three profiles.
 
 legacy  768 x 512 whatever the video's aspect, in whole pixels: what UniAnimate's released weights were trained on
-native  the video's own size, smooth edges (world.pose): what is trained here
+native  the video's own size, smooth edges (world.pose)
+body    native without hands and feet: puppets have none, and the embedded model learns from puppets
 
-Both show channels reversed (limb 0 is blue): the published drawings went through a writer that takes BGR.
+All show channels reversed (limb 0 is blue): the published drawings went through a writer that takes BGR.
 """
 
 import colorsys
@@ -15,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from utils.pose.keypoints import CONFIDENT, LEFT_FOOT, LEFT_HAND, NUM_WHOLE, RIGHT_FOOT, RIGHT_HAND, Keypoints
+from utils.pose.keypoints import CONFIDENT, LEFT_FOOT, LEFT_HAND, NUM_BODY, NUM_WHOLE, RIGHT_FOOT, RIGHT_HAND, Keypoints
 from world.pose import FEET, LIMB_BRIGHTNESS, LIMBS, PALETTE, draw_pose
 
-PROFILES = ("legacy", "native")
+PROFILES = ("legacy", "native", "body")
 LEGACY_SIZE = (768, 512)  # height, width
 HAND_EDGES = [(finger, finger + 1) if i else (0, finger + 1) for f in range(5) for i, finger in
               enumerate(range(4 * f, 4 * f + 4))]  # fmt: skip
@@ -48,6 +49,8 @@ def draw(
     if profile not in PROFILES:
         raise ValueError(f"drawing profile {profile!r} is unknown; use one of {', '.join(PROFILES)}")
     height, width = LEGACY_SIZE if profile == "legacy" else size
+    if profile == "body":
+        points = points[:, :NUM_BODY]
     body = with_feet(points)
     body[..., :2] *= body.new_tensor([width / source[1], height / source[0]])
     if profile == "legacy":

@@ -61,6 +61,7 @@ def test_native_is_the_worlds_drawing():
     seen = torch.cat([body[..., :2], torch.ones(1, 18, 1)], dim=-1)
     assert torch.equal(ours, draw_pose(seen[None])[0].mul(255).round().to(torch.uint8))
     assert draw(body, SOURCE, (96, 160), "native").shape == (1, 3, 96, 160)
+    assert torch.equal(draw(whole_figure(), SOURCE, (128, 128), "body"), ours)
 
 
 def test_no_one_is_a_black_picture():
@@ -80,5 +81,5 @@ def test_a_track_becomes_pieces(tmp_path):
 
 
 def test_an_unknown_profile_is_refused():
-    with pytest.raises(ValueError, match="use one of legacy, native"):
+    with pytest.raises(ValueError, match="use one of legacy, native, body"):
         draw(whole_figure(), SOURCE, (64, 64), "modern")
