@@ -314,8 +314,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.sections:
         if report.has(f"{kind}_{name}", settings):
             continue
-        sink = ["model_kwargs.sink_size=1"] if name == "identity" else []  # a reference must not leave the window
-        pipeline = build_pipeline(load_config(args.config_path, [*args.set, *sink]), args.device)
+        window = config.model_kwargs
+        if name == "identity":  # a reference must not leave the window
+            window = replace(window, sink_size=max(1, window.sink_size))
+        pipeline = build_pipeline(replace(config, model_kwargs=window), args.device)
         if name == "streams":
             figures = streams_section(pipeline, judges, args)
         else:
