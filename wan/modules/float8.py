@@ -8,6 +8,7 @@ float8's largest. Products are summed in float32:
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
@@ -18,15 +19,21 @@ KEPT_BLOCKS = (0, -1)  # stay as they are: what enters and leaves them is far fr
 
 
 def check_float8(device: torch.device) -> None:
-    """Raise ValueError where the hardware multiplies no float8."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:
-        return
-    what = "this is a CPU" if device.type == "cpu" else f"this is {device}"
+    """Raise ValueError where the hardware, or torch on it, multiplies no float8 with a scale per row."""
+    what, remedy = "this is a CPU", "set linear_dtype=auto"
     if device.type == "cuda":
-        what = "{} has {}.{}".format(torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device))
+        capability = torch.cuda.get_device_capability(device)
+        if capability == (8, 9) and torch.__version__ < (2, 12):  # row-wise kernels for Ada ran beside their stream
+            raise ValueError(
+                f"linear_dtype=float8 on {torch.cuda.get_device_name(device)} needs torch 2.12 (pytorch issue 177651), "
+                f"here is {torch.__version__}; {remedy}"
+            )
+        if capability >= MIN_CAPABILITY:
+            return
+        what = "{} has {}.{}".format(torch.cuda.get_device_name(device), *capability)
     raise ValueError(
         f"linear_dtype=float8 needs a GPU of compute capability {'.'.join(map(str, MIN_CAPABILITY))} or more (Ada, "
-        f"Hopper, Blackwell), {what}; set linear_dtype=auto"
+        f"Hopper, Blackwell), {what}; {remedy}"
     )
 
 
@@ -64,7 +71,11 @@ class Float8Linear(nn.Module):
 
 def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """[M, K] times [N, K] -> [M, N] in bfloat16, by the GPU's float8 units."""
-    return torch._scaled_mm(
+    num_rows = rows.shape[0]
+    if num_rows % 8:  # cuBLAS refuses odd numbers of rows (pytorch issue 167882)
+        row_scale = F.pad(row_scale, (0, 0, 0, -num_rows % 8))
+        rows = F.pad(rows.view(torch.uint8), (0, 0, 0, -num_rows % 8)).view(FLOAT8)
+    out = torch._scaled_mm(
         rows,
         weight.t(),
         scale_a=row_scale,
@@ -73,6 +84,7 @@ def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tenso
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
+    return out[:num_rows]
 
 
 def emulated_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from tests.wan.modules.test_causal_model import TOY, toy_model
 from wan.modules.float8 import FLOAT8, Float8Linear, check_float8, emulated_product, quantise, quantise_linears
@@ -64,15 +65,28 @@ def test_a_lora_comes_before_rounding():
         merge_lora(model, update)
 
 
-def test_what_cannot_multiply_float8_is_refused():
+def test_what_cannot_multiply_float8_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="compute capability 8.9 or more .*, this is a CPU; set linear_dtype=auto"):
         check_float8(torch.device("cpu"))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match="a card has 8.0; set linear_dtype=auto"):
+        check_float8(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    with pytest.raises(ValueError, match="on a card needs torch 2.12"):
+        check_float8(gpu)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0"))
+    check_float8(gpu)
     with pytest.raises(ValueError, match=r"\[24, 16\] is no multiple of 16 both ways"):
         Float8Linear(torch.zeros(24, 16), torch.zeros(24))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4680, 1536, 1536), (4680, 8960, 1536), (4680, 1536, 8960), (24, 48, 64)])
+@pytest.mark.parametrize(
+    "shape", [(4680, 1536, 1536), (4680, 8960, 1536), (4680, 1536, 8960), (24, 48, 64), (27, 48, 64)]
+)
 def test_a_gpu_multiplies_as_emulated(shape):
     """bfloat16 results and fast sums: within 1 % of the float32 ones."""
     check_float8(torch.device("cuda", 0))
