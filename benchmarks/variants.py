@@ -8,6 +8,7 @@ A variant is words joined by +, each of which stands for settings:
     off default max         compile; off: as launched, nothing fused
     fp8                     linear_dtype=float8
     tiny                    vae_decoder=tiny
+    plainvae                the VAE as launched, whatever the rest is
     overlap  vae2           decode beside denoising, on the same GPU or on the second one
     window                  window 12 with sink 3
     turbo                   two steps, no clean pass, window 9 with sink 3
@@ -54,6 +55,7 @@ WORDS = {
     **{word: [f"compile={word}"] for word in ("off", "default", "max")},
     "fp8": ["linear_dtype=float8"],
     "tiny": ["vae_decoder=tiny"],
+    "plainvae": [],
     "overlap": ["vae_overlap=true"],
     "vae2": ["vae_device=cuda:1"],
     "window": ["model_kwargs.local_attn_size=12", "model_kwargs.sink_size=3"],
@@ -101,10 +103,10 @@ class Parts:
         self.vaes: dict[tuple, WanVAEWrapper] = {}
         self.text_encoder: WanTextEncoder | None = None
 
-    def pipeline(self, config: Config):
+    def pipeline(self, config: Config, plain_vae: bool = False):
         generator, window = self.generator(config), config.model_kwargs
         generator.model.local_attn_size, generator.model.sink_size = window.local_attn_size, window.sink_size
-        pipeline = assemble_pipeline(config, generator, self.encoder(generator), self.vae(config))
+        pipeline = assemble_pipeline(config, generator, self.encoder(generator), self.vae(config, plain_vae))
         record_passes(pipeline, config)
         return pipeline
 
@@ -116,7 +118,8 @@ class Parts:
             self.generators[key] = generator
         return self.generators[key]
 
-    def vae(self, config: Config) -> WanVAEWrapper:
+    def vae(self, config: Config, plain: bool) -> WanVAEWrapper:
+        config = replace(config, compile="off") if plain else config
         key = (config.dtype, config.vae_dtype, config.vae_decoder, config.vae_device, config.compiles)
         if key not in self.vaes:
             self.vaes[key] = build_vae(config, self.device)
@@ -160,8 +163,8 @@ class Variants:
             self.references[key] = self.video(self.stand(replace(config, **plain)))
         return self.references[key]
 
-    def stand(self, config: Config) -> Stand:
-        return Stand(self.parts.pipeline(config), config, self.steady_blocks)
+    def stand(self, config: Config, plain_vae: bool = False) -> Stand:
+        return Stand(self.parts.pipeline(config, plain_vae), config, self.steady_blocks)
 
     def video(self, stand: Stand) -> tuple[Tensor, Tensor]:
         """Latents and pixels in main memory."""
@@ -173,7 +176,7 @@ class Variants:
         config, device = self.config(variant), self.parts.device
         reference, result = self.reference(config), {}
         started = now(device)
-        stand = self.stand(config)
+        stand = self.stand(config, "plainvae" in variant.split("+"))
         if "float32" not in variant.split("+"):
             cold = client(stand.pipeline.stream(**stand.options(config.num_output_frames)))
             result |= {"cold_first_frame_s": cold[0], "cold_video_s": now(device) - started}
