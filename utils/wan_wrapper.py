@@ -1,7 +1,8 @@
 """The networks under the names the rest of the house uses, loaded from a model folder."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -198,7 +199,8 @@ class WanVAEWrapper(nn.Module):
 
     decoder: "full" is Wan's own; "tiny" makes pictures with the folder's `taew2_1` file, softer and many times faster.
     Encoding is always Wan's own: a generator's latents are what it knows. compile: decode by compiled graphs, one for
-    each number of latents that comes, of a video's beginning and of its rest.
+    each number of latents that comes, of a video's beginning and of its rest; cuDNN measures which of its convolutions
+    are the fastest.
 
     Use `reset_cache` before the first `decode_to_pixel(..., use_cache=True)` of a new video.
     """
@@ -228,6 +230,7 @@ class WanVAEWrapper(nn.Module):
         self.latents_per_chunk = latents_per_chunk
         self.cache: VAECache | None = None
         self._decode = self.decoder.decode
+        self._measures = compile
         if compile:
             allow_graphs()
             self._decode = torch.compile(self.decoder.decode, dynamic=False, fullgraph=True)
@@ -295,10 +298,22 @@ class WanVAEWrapper(nn.Module):
             cache = (self.cache if use_cache else None) or self.make_cache()
         chunks = self._to_model(latents).split(self.latents_per_chunk, dim=2)
         options = {} if strip is None else {"strip": strip}
-        pixels = torch.cat([self._decode(chunk, cache, **options).float() for chunk in chunks], dim=2)
+        with measured_convolutions(self._measures):
+            pixels = torch.cat([self._decode(chunk, cache, **options).float() for chunk in chunks], dim=2)
         if use_cache:
             self.cache = cache
         return pixels.transpose(1, 2).clamp_(-1, 1)
+
+
+@contextmanager
+def measured_convolutions(wanted: bool) -> Iterator[None]:
+    """Let cuDNN try its kernels on every new shape, if wanted; what it found stays for the process."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def latents_of(vae: WanVAE | TinyVAE) -> tuple[int, int, int]:

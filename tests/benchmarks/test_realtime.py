@@ -76,7 +76,9 @@ def test_variants_share_their_networks_and_are_compared_with_launches(tmp_path: 
     assert "linear_dtype=float8 needs a GPU" in told and "off+tiny: transformer" in told
     assert variants.main([*options, "--seconds", "0", "--settings", *settings]) == 0
     assert "max+fp8: left out, the time is over" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="variant 'max\\+fp4': no word 'fp4'; there are off, default, max, fp8, tiny, plainvae"):
+    with pytest.raises(
+        SystemExit, match="variant 'max\\+fp4': no word 'fp4'; there are off, default, max, fp8, tiny, plainvae"
+    ):
         variants.main(["--variants", "max+fp4"])
 
 

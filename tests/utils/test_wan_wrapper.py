@@ -45,6 +45,17 @@ def test_what_is_remembered_looks_the_same_after_every_chunk(vae):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_convolutions_are_measured_where_they_are_compiled(compiles, tiny_model_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    vae = WanVAEWrapper(tiny_model_folder, compile=compiles)
+    monkeypatch.setattr(vae, "_decode", lambda *_: seen.append(torch.backends.cudnn.benchmark) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vae.decode_to_pixel(torch.zeros(1, 1, 16, 4, 4))
+    assert seen == [compiles] and not torch.backends.cudnn.benchmark
+
+
 def test_encoding_in_chunks_is_encoding_at_once(vae):
     pixels = torch.rand(1, 25, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     at_once = vae.model.encode(pixels.transpose(1, 2)).transpose(1, 2)
