@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         window = config.model_kwargs
         if name == "identity":  # a reference must not leave the window
             window = replace(window, sink_size=max(1, window.sink_size))
-        pipeline = build_pipeline(replace(config, model_kwargs=window), args.device)
+        pipeline = build_pipeline(replace(config, model_kwargs=window, compile="off"), args.device)
         if name == "streams":
             figures = streams_section(pipeline, judges, args)
         else:

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "teacache.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of utils/config.py")
     arguments = parser.parse_intermixed_args(argv)
-    config = load_config(arguments.config_path, [*arguments.overrides, "teacache=0"])
+    config = load_config(arguments.config_path, ["compile=off", *arguments.overrides, "teacache=0"])
     pipeline, steps = build_pipeline(config), config.sampling_steps
     texts = [prompt.text for prompt in read_prompts(arguments.data_path)]
     prompts, others = texts[: arguments.num_prompts], texts[-arguments.num_prompts :]

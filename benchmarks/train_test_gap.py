@@ -17,7 +17,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -180,7 +180,7 @@ def truth(scenes: Scenes, span: slice, args: argparse.Namespace) -> Tensor:
 
 def streams(config: Config, prompts: list[str], sample_seed: int, args: argparse.Namespace) -> Tensor:
     """The model's videos of all horizons, uint8 on the CPU."""
-    pipeline, videos = build_pipeline(config), []
+    pipeline, videos = build_pipeline(replace(config, compile="off")), []  # the recipe's `compile` is for training
     for first in range(0, len(prompts), args.batch_size):
         some = prompts[first : first + args.batch_size]
         blocks = pipeline.stream(

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of utils/config.py")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = load_config(arguments.config_path, [*arguments.overrides, "teacache=0"])
+    config = load_config(arguments.config_path, ["compile=off", *arguments.overrides, "teacache=0"])
     if config.denoising_step_list is not None:
         raise ConfigError("a few-step model computes every step; calibrate a many-step one (denoising_step_list=null)")
     prompts = [prompt.text for prompt in read_prompts(arguments.data_path)][: arguments.num_prompts]
