@@ -120,7 +120,7 @@ class DataSource:
         if self.config.data.sample_prompts or self.prompts is not None:
             return None
         num_frames = 1 + 4 * (self.config.num_training_frames - 1)
-        return skeletons(self._sample_scenes(count), num_frames, size=self.config.height)
+        return skeletons(self._sample_scenes(count).to(self.ranks.device), num_frames, size=self.config.height)
 
     def _sample_scenes(self, count: int) -> Scenes:
         return sample_scenes(count, self.config.seed, "heldout", start=SAMPLE_SCENES_FROM)
