@@ -1,7 +1,7 @@
 """Frames per second of streaming VAE decoding.
 
 python benchmarks/vae_decode.py --weights wan_models/puppet-tiny/Wan2.1_VAE.safetensors --height 128 --width 128
-python benchmarks/vae_decode.py --device cuda --dtype bfloat16 --height 480 --width 832 --compile
+python benchmarks/vae_decode.py --device cuda --dtype bfloat16 --height 480 --width 832 --compile --measure
 python benchmarks/vae_decode.py --sizes '{"dim": 24, "dim_mult": [1, 2, 4], "temporal_downsample": [true, true],
     "num_res_blocks": 1, "patch_size": 2}' --height 128 --width 128 --threads 2
 """
@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
+from utils.wan_wrapper import measured_convolutions
 from wan.modules.vae import WanVAE, channels_last_weights_, load_vae
 
 
@@ -33,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the decoder")
+    parser.add_argument("--measure", action="store_true", help="let cuDNN try its kernels, as compile=default does")
     return parser.parse_args(argv)
 
 
@@ -54,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def timed_call() -> float:
         start = time.perf_counter()
-        decode(latents, cache)
+        with measured_convolutions(args.measure):
+            decode(latents, cache)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start

@@ -68,6 +68,10 @@ def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:
     if config.linear_dtype == "float8":
         check_float8(model.device)
         logger.info("%d linear layers in float8, the others stay %s", quantise_linears(model), model.dtype)
+        if not config.compiles:
+            logger.warning(
+                "float8 pays when its rounding is compiled into what goes before; set compile=default or max"
+            )
     if config.compiles:
         model.fuse_projections()
         model.compile_blocks()
