@@ -179,12 +179,20 @@ class Stand:
         return self.stride * self.block * blocks - (self.stride - 1) * first
 
     @torch.no_grad()
-    def measure(self) -> dict:
-        """One round of the four figures."""
+    def clip(self, kept: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """Pixels of the clip, block by block; latents and pixels are kept."""
+        for latents, pixels in self.pipeline._decoded(None, **self.options(self.config.num_output_frames)):
+            kept.append((latents, pixels))
+            yield pixels
+
+    @torch.no_grad()
+    def measure(self, kept: list[tuple[Tensor, Tensor]] | None = None) -> dict:
+        """One round of the four figures. kept: filled with latents and pixels of the blocks that a client saw."""
         transformer = timed(self.pipeline._walk(None, **self.options()), self.device).seconds
         stream = timed(self.pipeline.stream(**self.options()), self.device)
         with_vae = stream.seconds
-        arrivals = client(self.pipeline.stream(**self.options(self.config.num_output_frames)))
+        options = self.options(self.config.num_output_frames)
+        arrivals = client(self.pipeline.stream(**options) if kept is None else self.clip(kept))
         clip = self.clip_blocks
         figures = {
             "fps_transformer": self.pixel_frames(clip, first=True) / sum(transformer[:clip]),

@@ -16,8 +16,9 @@ A variant is words joined by +, each of which stands for settings:
 
 Networks are loaded and compiled once and shared. The figures are those of benchmarks/realtime.py. The error is that of
 latents and pixels against the same walk (steps, window) as launched in the preset's dtype with the full VAE, from the
-same noise: what speed costs, and nothing else. A variant that fails is told and left out; when `--seconds` are over, no
-other one begins. The JSON is written anew after every variant, so that a run which is cut off leaves what it has.
+same noise: what speed costs, and nothing else. Peak memory holds the clip's pixels, which are kept to be compared. A
+variant that fails is told and left out; when `--seconds` are over, no other one begins. The JSON is written anew after
+every variant, so that a run which is cut off leaves what it has.
 """
 
 import argparse
@@ -177,14 +178,17 @@ class Variants:
         reference, result = self.reference(config), {}
         started = now(device)
         stand = self.stand(config, "plainvae" in variant.split("+"))
-        if "float32" not in variant.split("+"):
+        if "float32" in variant.split("+"):
+            latents, pixels = self.video(stand)
+        else:
             cold = client(stand.pipeline.stream(**stand.options(config.num_output_frames)))
             result |= {"cold_first_frame_s": cold[0], "cold_video_s": now(device) - started}
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            result |= stand.measure() | {"peak_gb": peak_bytes(device) / 1e9}
+            blocks: list[tuple[Tensor, Tensor]] = []
+            result |= stand.measure(blocks) | {"peak_gb": peak_bytes(device) / 1e9}
             result["kv_cache_gb"] = stand.pipeline.kv_cache_pos.num_bytes / 1e9
-        latents, pixels = self.video(stand)
+            latents, pixels = (torch.cat(parts, dim=1).cpu() for parts in zip(*blocks, strict=True))
         result["error"] = errors(latents, pixels, *reference)
         return {"settings": {"variant": variant, **describe_config(config)}, **result}
 

@@ -69,9 +69,7 @@ def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:
         check_float8(model.device)
         logger.info("%d linear layers in float8, the others stay %s", quantise_linears(model), model.dtype)
         if not config.compiles:
-            logger.warning(
-                "float8 pays where its rounding is compiled into what goes before; set compile=default"
-            )
+            logger.warning("float8 pays where its rounding is compiled into what goes before; set compile=default")
     if config.compiles:
         model.fuse_projections()
         model.compile_blocks()
