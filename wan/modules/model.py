@@ -91,7 +91,10 @@ class WanSelfAttention(nn.Module):
 
     @torch.no_grad()
     def fuse_projections(self) -> None:
-        """One product for q, k and v; their own weights become views of its matrix, so names and merging stay."""
+        """One product for q, k and v; their own weights become views of its matrix, so names and merging stay.
+
+        What is written into them is seen (load_state_dict, a LoRA); what is assigned in their place is not.
+        """
         if isinstance(self.qkv, nn.Module):  # in float8 they are one already
             return
         parts = (self.q, self.k, self.v)
