@@ -25,15 +25,12 @@ def make_trainer(folder: Path, vae_folder: Path, *overrides: str) -> DiffusionTr
     return make(DiffusionTrainer, folder, vae_folder, *CONTROL, *overrides)
 
 
-def test_resumed_is_uninterrupted_and_all_of_it_learns(tmp_path: Path, vae_folder: Path):
-    whole = make_trainer(tmp_path / "whole", vae_folder, "max_steps=3")  # head, then pose_proj, then the networks
-    before = {name: p.detach().clone() for name, p in whole.players[0].module.named_parameters()}
-    whole.train(visualize=False)
-    assert not [name for name, p in whole.players[0].module.named_parameters() if torch.equal(p, before[name])]
-    make_trainer(tmp_path / "parts", vae_folder, "max_steps=1").train(visualize=False)
-    make_trainer(tmp_path / "parts", vae_folder, "max_steps=3").train(visualize=False)
+def test_resumed_is_uninterrupted(tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path / "whole", vae_folder, "max_steps=2").train(visualize=False)
+    for steps in (1, 2):
+        make_trainer(tmp_path / "parts", vae_folder, f"max_steps={steps}").train(visualize=False)
     ours, theirs = state(tmp_path / "whole"), state(tmp_path / "parts")
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys() and "student/weights/dwpose_embedding.0.weight" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
