@@ -35,7 +35,7 @@ class ControlledObjective:
 
     def loss(self, batch: Batch, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over learned frames, and how it splits: as the objective's, and by what steers the sample."""
-        controls, tokens = batch.controls, self.pose_tokens(batch)
+        controls, tokens = batch.controls, pose_tokens(self.pose_embedding, batch)
         is_posed = torch.zeros(len(tokens), device=tokens.device).index_fill(0, controls.posed, 1.0)
         errors, weights, times, details = [], [], [], {}
         for name, objective, places in (
@@ -55,19 +55,6 @@ class ControlledObjective:
         error, weight, t = torch.cat(errors), torch.cat(weights), torch.cat(times)
         return (weight * error).mean(), self.plain.details(error.detach(), t) | details
 
-    def pose_tokens(self, batch: Batch) -> Tensor:
-        """[B, pose_dim, F, h/2, w/2], zeros where there is no pose."""
-        drawings, x0 = batch.controls.drawings, batch.clean_latent
-        shape = (len(x0), self.pose_embedding.out_dim, x0.shape[1], x0.shape[3] // 2, x0.shape[4] // 2)
-        if not len(drawings):
-            return torch.zeros(shape, device=x0.device)
-        pose = self.embed(drawings)
-        return pose.new_zeros(shape).index_copy(0, batch.controls.posed, pose)
-
-    def embed(self, drawings: Tensor) -> Tensor:
-        """uint8 [P, F_px, 3, H, W] -> [P, pose_dim, F, H/16, W/16]."""
-        return self.pose_embedding(prepare_drawings(drawings, drawings.shape[-2:]))
-
     def part(self, batch: Batch, places: Tensor, pose: Tensor) -> Batch:
         """The samples at `places`, with their pose."""
         negative = None if batch.negative is None else Conditioning(batch.negative.prompt_embeds[places])
@@ -80,13 +67,28 @@ class ControlledObjective:
         x0, pose, block = part.clean_latent, part.conditioning.pose, self.imaged.num_frame_per_block
         num_frames = 1 + (x0.shape[1] - 1) // block * block
         shown = controls.reference_posed[:, None, None, None, None]
-        reference_pose = torch.where(shown, self.embed(controls.reference_drawings).to(pose.dtype), 0)
+        reference_pose = torch.where(shown, embed(self.pose_embedding, controls.reference_drawings).to(pose.dtype), 0)
         own = controls.first_frame[:, None, None, None, None]
         behind = torch.cat([controls.references.to(x0.dtype), x0[:, : num_frames - 1]], dim=1)
         pose_behind = torch.cat([reference_pose, pose[:, :, : num_frames - 1]], dim=2)
         pose = torch.where(own, pose[:, :, :num_frames], pose_behind)
         latents = torch.where(own, x0[:, :num_frames], behind)
         return replace(part, clean_latent=latents, conditioning=replace(part.conditioning, pose=pose))
+
+
+def pose_tokens(pose_embedding: DWPoseEmbedding, batch: Batch) -> Tensor:
+    """[B, pose_dim, F, h/2, w/2] of a batch with controls, zeros where there is no pose."""
+    drawings, x0 = batch.controls.drawings, batch.clean_latent
+    shape = (len(x0), pose_embedding.out_dim, x0.shape[1], x0.shape[3] // 2, x0.shape[4] // 2)
+    if not len(drawings):
+        return torch.zeros(shape, device=x0.device)
+    pose = embed(pose_embedding, drawings)
+    return pose.new_zeros(shape).index_copy(0, batch.controls.posed, pose)
+
+
+def embed(pose_embedding: DWPoseEmbedding, drawings: Tensor) -> Tensor:
+    """uint8 [P, F_px, 3, H, W] -> [P, pose_dim, F, H/16, W/16]."""
+    return pose_embedding(prepare_drawings(drawings, drawings.shape[-2:]))
 
 
 def _by_pose(name: str, error: Tensor, is_posed: Tensor) -> dict[str, Tensor]:

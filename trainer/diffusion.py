@@ -18,7 +18,10 @@ class DiffusionTrainer(LatentTrainer):
     """Teacher forcing, diffusion forcing or bidirectional, by `causal` and `teacher_forcing`."""
 
     name = "diffusion"
-    learns_pose = True
+
+    @property
+    def learns_pose(self) -> bool:
+        return not self.config.control.frozen
 
     def make_players(self) -> list[Player]:
         self.objective = self.make_objective()

@@ -1,12 +1,19 @@
 """Score distillation: a few-step student learns from its own rollouts, judged by a teacher and a critic."""
 
-from model.base import Player
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from model.base import Batch, Player
 from model.causvid import NoisyClips
+from model.control import pose_tokens
 from model.dmd import DMD
 from model.scores import Critic, ScorePair
 from model.sid import SiD
 from trainer.few_step import FewStepTrainer
 from trainer.work import DistillationWork
+from utils.dataset import Samples
 
 
 class ScoreDistillationTrainer(FewStepTrainer):
@@ -20,8 +27,18 @@ class ScoreDistillationTrainer(FewStepTrainer):
 
     @property
     def learns_from(self) -> str:
-        needs_clips = self.config.distribution_loss == "causvid" or self.config.distillation.num_input_frames > 0
-        return "clips" if needs_clips else "words"
+        config = self.config
+        needs_clips = config.distribution_loss == "causvid" or config.distillation.num_input_frames > 0
+        return "clips" if needs_clips or config.control.pose_dim else "words"  # a pose belongs to a clip
+
+    @torch.no_grad()
+    def batch(self, drawn: Samples, dropped: Tensor | None = None) -> Batch:
+        """With poses, which student, teacher and critic are all shown; the unguided side has none."""
+        batch = super().batch(drawn, dropped)
+        if batch.controls is None:
+            return batch
+        pose = pose_tokens(self.pose_embedding, batch)
+        return replace(batch, conditioning=replace(batch.conditioning, pose=pose), controls=None)
 
     def make_players(self) -> list[Player]:
         config, settings = self.config, self.config.distillation

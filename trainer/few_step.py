@@ -22,7 +22,7 @@ from utils.dataset import Samples
 from utils.distributed import SampleRngs
 from utils.fingerprint import fingerprint
 from utils.wan_wrapper import WanDiffusionWrapper
-from wan.configs import TEXT_ENCODER_FILES, WanConfig, find_model_folder
+from wan.configs import TEXT_ENCODER_FILES, WanConfig, find_model_folder, pose_file
 
 LATENTS_BEHIND = 8  # decoded to see the last picture of a clip: on the puppet VAE 54 dB from decoding all of it
 
@@ -120,6 +120,13 @@ class FewStepTrainer(LatentTrainer):
                 f"{model_name} was trained with another text encoder ({files[0]}) than the student ({files[1]}); train "
                 "the teacher with data.text_encoder_folder set to the student's folder"
             )
+        if self.pose_embedding is not None:
+            theirs, ours = pose_file(model_name), pose_file(self.config.model_name)
+            if theirs is None or fingerprint(theirs) != fingerprint(ours):
+                raise ConfigError(
+                    f"{model_name} was not trained with the pose networks of {self.config.model_name}; train it from "
+                    "there with control.frozen: true"
+                )
         options = {**generator_options(self.config), "is_causal": is_causal}
         return self.build_network(model_name, checkpoint, dtype=dtype, **options)
 

@@ -60,12 +60,16 @@ class LatentTrainer(Trainer):
 
     can_shard = True
     can_graph = True
-    learns_pose = False  # whether pose networks learn too; else a model's own help a student to learn what they say
 
     @property
     def learns_from(self) -> str:
         """What the objective needs of its data: clips, words (alone) or trajectories."""
         return "clips"
+
+    @property
+    def learns_pose(self) -> bool:
+        """Whether pose networks learn too, where there are any; else a model's own say what they have learned."""
+        return False
 
     def build(self) -> list[Player]:
         config = self.config

@@ -143,6 +143,7 @@ class ControlConfig:
     """Pose and image learned with the generator, on puppet clips; shares as in utils.dataset.ControlShares."""
 
     pose_dim: int = 0  # width of the pose tokens; 64 holds all that the pose networks can say; 0: neither is learned
+    frozen: bool = False  # pose networks stay as they are, pose_proj learns: for a student's teacher
     pose_dropout: float = 0.5
     image_dropout: float = 0.8
     first_frame: float = 0.5
@@ -437,28 +438,41 @@ class Config:
         if not self.control.pose_dim:
             return
         for name, value in vars(self.control).items():
-            if name != "pose_dim" and not 0 <= value <= 1:
+            if name not in ("pose_dim", "frozen") and not 0 <= value <= 1:
                 raise ConfigError(f"control.{name} is {value}; a share lies in [0, 1]")
-        if self.trainer not in ("diffusion", "consistency"):
+        if self.trainer not in ("diffusion", "consistency", "score_distillation"):
             raise ConfigError(
                 f"control.pose_dim is {self.control.pose_dim}, but the {self.trainer} trainer knows neither pose nor "
-                "image; set trainer: diffusion or consistency, or control.pose_dim: 0"
+                "image; set trainer: diffusion, consistency or score_distillation, or control.pose_dim: 0"
             )
-        for name, value, wanted in (
-            ("data.kind", self.data.kind, "puppet"),
-            ("consistency.causal_teacher", self.consistency.causal_teacher, True),
-            ("causal", self.causal, True),
-            ("teacher_forcing", self.teacher_forcing, True),
-            ("independent_first_frame", self.independent_first_frame, False),
-            ("rope_base", self.rope_base, "absolute"),
-        ):
-            if value != wanted:
+        wanted = {"data.kind": (self.data.kind, "puppet")}
+        if self.control.image_dropout < 1:  # an image stands before the clip, seen by causal networks that are shown it
+            if self.trainer == "score_distillation" or not self.causal:
+                raise ConfigError(
+                    "control.pose_dim is set: a bidirectional network, and what is distilled from one, learns poses "
+                    "but no images; set control.image_dropout: 1"
+                )
+            wanted |= {
+                "teacher_forcing": (self.teacher_forcing, True),
+                "independent_first_frame": (self.independent_first_frame, False),
+                "rope_base": (self.rope_base, "absolute"),
+                "consistency.causal_teacher": (self.consistency.causal_teacher, True),
+            }
+        if self.trainer == "score_distillation":
+            wanted["distillation.num_input_frames"] = (self.distillation.num_input_frames, 0)
+        for name, (value, needed) in wanted.items():
+            if value != needed:
                 raise ConfigError(
                     f"control.pose_dim is {self.control.pose_dim}, but {name} is {value}; pose and image are learned "
-                    f"with {name}: {str(wanted).lower()}; set it, or control.pose_dim: 0"
+                    f"with {name}: {str(needed).lower()}; set it, or control.pose_dim: 0"
                 )
+        if self.trainer == "score_distillation" and self.num_training_frames > self.distillation.num_grad_frames:
+            raise ConfigError(
+                f"control.pose_dim is set: poses belong to whole clips, but of {self.num_training_frames} latents "
+                f"(num_training_frames) only {self.distillation.num_grad_frames} are judged; make them equal"
+            )
         window, block = self.model_kwargs.local_attn_size, self.num_frame_per_block
-        if self.num_training_frames <= block or (window != -1 and window <= block):
+        if self.control.image_dropout < 1 and (self.num_training_frames <= block or window in range(block + 1)):
             raise ConfigError(
                 f"control.pose_dim is set: an image and a block of {block} must fit into a clip and into the window; "
                 f"num_training_frames is {self.num_training_frames}, model_kwargs.local_attn_size {window}"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base import Batch
-from model.control import ControlledObjective
+from model.control import ControlledObjective, pose_tokens
 from model.diffusion import CausalDiffusion
 from pipeline.pose import DrivingPose
 from pipeline.rollout import Path, denoise_path, plan_blocks, remember
@@ -161,8 +161,8 @@ def test_what_an_image_is():
     assert torch.equal(options["clean_x"][1, 0], references[1, 0])
     assert not options["aug_t"][:, 0].any() and options["aug_t"][:, 1:].any()
     quiet = make_objective(Listener(network), network.scheduler)
-    assert torch.equal(quiet.with_image(quiet.part(batch, batch.controls.imaged, quiet.pose_tokens(batch)[2:]),
-                                        batch.controls).clean_latent[1, 1:], x0[3, :6])  # fmt: skip
+    part = quiet.part(batch, batch.controls.imaged, pose_tokens(quiet.pose_embedding, batch)[2:])
+    assert torch.equal(quiet.with_image(part, batch.controls).clean_latent[1, 1:], x0[3, :6])
     assert loss > 0 and details["loss_imaged_posed"] > 0 and details["loss_imaged_unposed"] == 0
 
 
@@ -178,7 +178,7 @@ def test_references_of_unposed_clips_may_hide_their_skeleton():
     objective = make_objective(Listener(make_network()), None)
     batch = make_batch()
     controls = replace(batch.controls, reference_posed=torch.tensor([True, False]))
-    part = objective.part(batch, controls.imaged, objective.pose_tokens(batch)[controls.imaged])
+    part = objective.part(batch, controls.imaged, pose_tokens(objective.pose_embedding, batch)[controls.imaged])
     pose = objective.with_image(part, controls).conditioning.pose
     assert not pose[1, :, 0].any() and pose[1, :, 1:].any() and pose[0, :, 0].any()
 

@@ -12,7 +12,9 @@ from pipeline.build import build_pipeline
 from tests.trainer.toy import FEW_STEPS, make, state
 from trainer.consistency import ConsistencyTrainer
 from trainer.diffusion import DiffusionTrainer
+from trainer.distillation import ScoreDistillationTrainer
 from utils.config import ConfigError, load_config
+from utils.distributed import Rngs, SampleRngs
 from wan.configs import POSE_FILES, WanConfig
 from world.puppet import joints, sample_scenes
 
@@ -100,6 +102,26 @@ def test_a_few_step_student_learns_to_follow(exported: Path, tmp_path: Path, vae
         make(ConsistencyTrainer, tmp_path / "none", vae_folder, *CONTROL, *settings, f"model_name={folder}")
 
 
+def test_self_forcing_learns_to_follow_from_a_teacher_that_does(exported: Path, tmp_path: Path, vae_folder: Path):
+    poses = ["control.pose_dim=8", "control.image_dropout=1", f"model_name={exported}", "max_steps=1"]
+    frozen = ["causal=false", "teacher_forcing=false", "from_scratch=false", "train_text_encoder=false"]
+    folder = tmp_path / "teacher"
+    make(DiffusionTrainer, folder, vae_folder, *frozen, *poses, "control.frozen=true").train(visualize=False)
+    student = [*FEW_STEPS, *poses, "distillation.num_grad_frames=6"]
+    teacher = f"distillation.real_name={folder / 'export'}"
+    trainer = make(ScoreDistillationTrainer, tmp_path / "student", vae_folder, *student, teacher)
+    trainer.start()
+    batch = trainer.prepare(SampleRngs(Rngs(0, 0, trainer.device), range(2)))
+    assert not batch.conditioning.pose[0].any() and batch.conditioning.pose[1].any() and batch.negative.pose is None
+    learners = trainer.generator.model.pose_proj, trainer.objective.scores.fake.model.pose_proj
+    before = [proj.weight.clone() for proj in learners]
+    trainer.train_step()
+    assert not any(torch.equal(proj.weight, old) for proj, old in zip(learners, before, strict=True))
+    (folder / "export" / POSE_FILES[0]).unlink()
+    with pytest.raises(ConfigError, match="train it from there with control.frozen: true"):
+        make(ScoreDistillationTrainer, tmp_path / "other", vae_folder, *student, teacher)
+
+
 def test_held_out_clips_are_steered_too(tmp_path: Path, vae_folder: Path):
     trainer = make_trainer(tmp_path, vae_folder, "max_steps=1")
     trainer.start()
@@ -108,9 +130,10 @@ def test_held_out_clips_are_steered_too(tmp_path: Path, vae_folder: Path):
 
 
 REFUSED = (
-    (["causal=false", "teacher_forcing=false"], "causal is False; .* causal: true"),
+    (["causal=false", "teacher_forcing=false"], "no images; set control.image_dropout: 1"),
     (["teacher_forcing=false"], "teacher_forcing: true"),
-    (["trainer=score_distillation"], "trainer: diffusion or consistency"),
+    (["trainer=gan"], "trainer: diffusion, consistency or score_distillation"),
+    (["trainer=score_distillation"], "no images; set control.image_dropout: 1"),
     (["trainer=consistency", "consistency.causal_teacher=false"], "consistency.causal_teacher: true"),
     (["control.wrong_action=2"], "control.wrong_action is 2"),
     (["num_training_frames=3"], "must fit into a clip"),
