@@ -60,6 +60,7 @@ class LatentTrainer(Trainer):
 
     can_shard = True
     can_graph = True
+    pose_embedding: DWPoseEmbedding | None = None  # only where the config steers by poses
 
     @property
     def learns_from(self) -> str:
@@ -81,7 +82,8 @@ class LatentTrainer(Trainer):
             self.begin_folder()
         barrier(self.ranks)
         self.generator = self.build_generator()
-        self.pose_embedding = self.build_pose_embedding() if config.control.pose_dim else None
+        if config.control.pose_dim:
+            self.pose_embedding = self.build_pose_embedding()
         self.tokenizer = TextTokenizer(find_model_file(self.folder, TOKENIZER_FOLDERS), self.model_config.text_len)
         self.text_encoder = None if config.data.text_cache else self.build_text_encoder()
         vae = find_model_file(self.folder, VAE_FILES)

@@ -48,6 +48,7 @@ def test_what_is_remembered_looks_the_same_after_every_chunk(vae):
 @pytest.mark.parametrize("compiles", [True, False])
 def test_convolutions_are_measured_where_they_are_compiled(compiles, tiny_model_folder, monkeypatch):
     seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # trainers leave it on
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     vae = WanVAEWrapper(tiny_model_folder, compile=compiles)
     monkeypatch.setattr(vae, "_decode", lambda *_: seen.append(torch.backends.cudnn.benchmark) or 1 / 0)
