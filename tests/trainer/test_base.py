@@ -1,10 +1,6 @@
 """trainer/base.py: the equivalences that make a run a run, on a network of 22 numbers."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from model.base import Player
+from tests import ranks as gloo
 from trainer.base import Trainer
 from trainer.layout import count_passes
 from utils.config import Config, ConfigError, load_config
-from utils.distributed import Ranks, SampleRngs
+from utils.distributed import Ranks, SampleRngs, init_distributed, shutdown
 from utils.tracking import Tracker
 from utils.training_state import load_training_state
 
@@ -102,13 +99,8 @@ def test_accumulated_passes_are_one_large_batch(tmp_path: Path):
 
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path: Path):
     one = run(tmp_path / "one", "max_steps=5", "batch_size=4")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    subprocess.run([*command, str(tmp_path / "two")], check=True, timeout=120, cwd=root, env=environment)
+    done = gloo.run(__file__, 2, str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
     assert_equal(one, load_training_state(tmp_path / "two").tensors, 1e-6)
 
 
@@ -226,8 +218,10 @@ def test_settings_that_cannot_work(tmp_path: Path):
         ToyTrainer(toy_config(), ALONE, tmp_path)
 
 
-if __name__ == "__main__":  # what torchrun starts in the two-rank test
-    from utils.distributed import init_distributed, shutdown
-
-    run(Path(sys.argv[1]), "max_steps=5", "batch_size=2", ranks=init_distributed("cpu"))
+def on_two_ranks(arguments: list[str]) -> None:
+    run(Path(arguments[0]), "max_steps=5", "batch_size=2", ranks=init_distributed("cpu"))
     shutdown()
+
+
+if __name__ == "__main__":
+    gloo.main(on_two_ranks)

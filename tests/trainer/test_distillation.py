@@ -1,16 +1,13 @@
 """trainer/distillation.py: every score distillation takes its steps, resumes exactly, and leaves a few-step model."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.build import build_pipeline
+from tests import ranks as gloo
 from tests.trainer.toy import ALONE, DrawnData, make, make_student, state
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
@@ -103,13 +100,8 @@ CASES = {  # strategy of two ranks, and the loss
 
 def test_two_ranks_are_one_process(tmp_path: Path, folders):
     """Replicated or sharded, each with half of the batch; and both leave their rollouts at the same steps."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, tmp_path, *folders], check=True, timeout=240, cwd=root, env=environment)
+    done = gloo.run(__file__, 2, str(tmp_path), *map(str, folders), timeout=240)
+    assert done.returncode == 0, done.stderr
     for loss in ("dmd", "sid"):
         run_on_drawn_data(tmp_path / loss, folders, "batch_size=2", FOUR_STEPS, f"distribution_loss={loss}")
     for case, (_, loss) in CASES.items():
@@ -160,11 +152,14 @@ def test_settings_that_cannot_work(tmp_path: Path, folders, vae_folder: Path, ti
         distil(tmp_path, folders, "distillation.num_grad_frames=4")
 
 
-if __name__ == "__main__":  # what torchrun starts in the two-rank test
-    torch.set_num_threads(1)
+def on_two_ranks(arguments: list[str]) -> None:
     two_ranks = init_distributed("cpu")
-    home, causal, teacher = map(Path, sys.argv[1:])
+    home, causal, teacher = map(Path, arguments)
     for case, (strategy, loss) in CASES.items():
         options = ["batch_size=1", FOUR_STEPS, f"sharding_strategy={strategy}", f"distribution_loss={loss}"]
         run_on_drawn_data(home / case, (causal, teacher), *options, ranks=two_ranks)
     shutdown()
+
+
+if __name__ == "__main__":
+    gloo.main(on_two_ranks)
