@@ -9,7 +9,7 @@ replay, keys of the past are in the cache's slab, and those of a new prompt take
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -23,19 +23,19 @@ from wan.modules.kv_cache import KVCache, KVContext
 from wan.modules.model import Shortcut
 from wan.modules.rope import Rope
 
-Run = Callable[[], Tensor]
+Result = TypeVar("Result")
 Inputs = tuple[Tensor | None, ...]  # latents [B, F, C, H, W], times [B, F], y and pose tokens: what a pass is given
 
 
 class Recorder(Protocol):
     """What turns a function that launches things into something that launches them again, on the same memory."""
 
-    def run(self, function: Run) -> Tensor:
+    def run(self, function: Callable[[], Result]) -> Result:
         """The function's result, computed as it comes: it compiles, and chooses its kernels."""
         ...
 
-    def record(self, function: Run) -> tuple[Callable[[], None], Tensor]:
-        """(replay, result): every replay computes what the function would and puts it into the same tensor."""
+    def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """(replay, result): every replay computes what the function would and puts it into the same tensors."""
         ...
 
 
@@ -47,7 +47,7 @@ class CudaRecorder:
         self.graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self.pool = None
 
-    def run(self, function: Run) -> Tensor:
+    def run(self, function: Callable[[], Result]) -> Result:
         caller = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
@@ -55,12 +55,12 @@ class CudaRecorder:
         caller.wait_stream(self.stream)
         return result
 
-    def record(self, function: Run) -> tuple[Callable[[], None], Tensor]:
+    def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         graph = torch.cuda.CUDAGraph()
         if not self.graphs:  # torch gives up a pool with the last graph that lives in it
             self.pool = torch.cuda.graph_pool_handle()
         self.graphs.add(graph)
-        # thread_local: what other threads do meanwhile (pictures for a browser) is none of the capture's business.
+        # thread_local: what other threads do (NCCL's watchdog, pictures for a browser) is none of its business.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result

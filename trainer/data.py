@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pipeline.samplers import few_step_times
 from utils.config import Config, ConfigError
-from utils.dataset import ControlShares, Samples, TrainingData, upload
+from utils.dataset import Samples, TrainingData, upload
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
 from utils.latent_folder import LatentFolder, ODEPairs
@@ -176,15 +175,8 @@ class DataSource:
             device=self.ranks.device,
             dtype=self.dtype,
             split=split,
-            control=control_shares(config),
+            control=config.control if config.control.pose_dim else None,
         )
-
-
-def control_shares(config: Config) -> ControlShares | None:
-    """How many samples are steered by pose and image; None: no clip comes with either."""
-    if not config.control.pose_dim:
-        return None
-    return ControlShares(**{field.name: getattr(config.control, field.name) for field in fields(ControlShares)})
 
 
 def text_encoder_home(config: Config) -> Path:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.graphs import CudaRecorder
 from utils.config import Config, ConfigError
 from utils.distributed import SampleRngs
 from utils.sharding import Sharding
@@ -39,9 +41,9 @@ def wants_graphs(config: Config, sharding: Sharding, trainer: str, *, can_graph:
 
 @dataclass
 class Captured:
-    """A graph and the memory it reads and writes."""
+    """A recorded pass and the memory it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     batch: Any
     rngs: SampleRngs
     loss: Tensor
@@ -58,8 +60,7 @@ class GraphedPass:
 
     def __init__(self, run: Run, device: torch.device):
         self.run = run
-        self.stream = torch.cuda.Stream(device)  # of every pass: a gradient belongs to the stream that first made it
-        self.pool = torch.cuda.graph_pool_handle()  # one for all kinds: no two run at once, and results are copied out
+        self.recorder = CudaRecorder(device)  # runs every pass on one stream: the one that first makes the gradients
         self.num_launched = 0
         self.seen: set[Hashable] = set()
         self.captured: dict[Hashable, Captured] = {}
@@ -70,31 +71,20 @@ class GraphedPass:
             if self.num_launched < NUM_EAGER_PASSES or kind not in self.seen or len(self.captured) == MAX_GRAPHS:
                 self.num_launched += 1
                 self.seen.add(kind)
-                return self._launch(batch, rngs)
+                return self.recorder.run(partial(self.run, batch, rngs))
             self.captured[kind] = self._capture(batch, rngs)
         ours = self.captured[kind]
         for mine, theirs in zip(tensors(ours.batch), tensors(batch), strict=True):
             mine.copy_(theirs)
         ours.rngs.keys.copy_(rngs.keys)
-        ours.graph.replay()
+        ours.replay()
         return ours.loss.clone(), {name: value.clone() for name, value in ours.metrics.items()}
-
-    def _launch(self, batch: Any, rngs: SampleRngs) -> tuple[Tensor, dict[str, Tensor]]:
-        main = torch.cuda.current_stream()
-        self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            result = self.run(batch, rngs)
-        main.wait_stream(self.stream)
-        return result
 
     def _capture(self, batch: Any, rngs: SampleRngs) -> Captured:
         batch, rngs, keys = mapped(Tensor.clone, batch), copy(rngs), rngs.keys.clone()
         rngs.keys = keys
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads ask CUDA meanwhile, as NCCL's watchdog does, is none of its business.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            loss, metrics = self.run(batch, rngs)
-        return Captured(graph, batch, rngs, loss, metrics)
+        replay, (loss, metrics) = self.recorder.record(partial(self.run, batch, rngs))
+        return Captured(replay, batch, rngs, loss, metrics)
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:

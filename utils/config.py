@@ -140,17 +140,18 @@ class TextEncoderConfig:
 
 @dataclass
 class ControlConfig:
-    """Pose and image learned with the generator, on puppet clips; shares as in utils.dataset.ControlShares."""
+    """Pose and image learned with the generator, on puppet clips; how many samples are steered, and by what."""
 
     pose_dim: int = 0  # width of the pose tokens; 64 holds all that the pose networks can say; 0: neither is learned
     frozen: bool = False  # pose networks stay as they are, pose_proj learns: for a student's teacher
-    pose_dropout: float = 0.5
-    image_dropout: float = 0.8
-    first_frame: float = 0.5
-    reference_pose_dropout: float = 0.5
-    wrong_action: float = 0.3
-    hidden_joints: float = 0.2
-    unsaid_looks: float = 0.5
+    # Shares in [0, 1]:
+    pose_dropout: float = 0.5  # samples without a pose
+    image_dropout: float = 0.8  # samples without an image
+    first_frame: float = 0.5  # images that are the clip's own first frame; the others show the puppet at another moment
+    reference_pose_dropout: float = 0.5  # of those others: without their own skeleton, where the clip has a pose
+    wrong_action: float = 0.3  # samples with a pose whose words tell of another action
+    hidden_joints: float = 0.2  # clips whose skeleton lacks joints, as those that a detector finds may
+    unsaid_looks: float = 0.5  # samples with an image whose words tell of the action only
 
 
 @dataclass

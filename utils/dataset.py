@@ -12,19 +12,6 @@ from world.hashing import hash_tensor
 
 
 @dataclass(frozen=True)
-class ControlShares:
-    """How many samples are steered by what, and how; each a share in [0, 1]."""
-
-    pose_dropout: float = 0.5  # samples without a pose
-    image_dropout: float = 0.8  # samples without an image
-    first_frame: float = 0.5  # images that are the clip's own first frame; the others show the puppet at another moment
-    reference_pose_dropout: float = 0.5  # of those others: without their own skeleton, where the clip has a pose
-    wrong_action: float = 0.3  # samples with a pose whose words tell of another action
-    hidden_joints: float = 0.2  # clips whose skeleton lacks joints, as those that a detector finds may
-    unsaid_looks: float = 0.5  # samples with an image whose words tell of the action only
-
-
-@dataclass(frozen=True)
 class Controls:
     """What steers some of B samples beside their words. Places in the batch are int64, on the device.
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from utils.dataset import Controls, ControlShares, Samples, TrainingData, upload
+from utils.config import ControlConfig
+from utils.dataset import Controls, Samples, TrainingData, upload
 from utils.distributed import SampleRngs, mix_seed
 from utils.pose.draw import draw
 from world.captions import captions
@@ -55,7 +56,7 @@ class PuppetLatents(TrainingData):
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
         split: str = "train",
-        control: ControlShares | None = None,
+        control: ControlConfig | None = None,
     ):
         """control: clips come with drawings of their skeletons and a picture of the same puppet, `Samples.controls`.
         The drawings take 4 MB a clip of 81 frames at 128 x 128.
@@ -208,7 +209,7 @@ def skeletons(
     return drawn.unflatten(0, points.shape[:2])
 
 
-def who(samples: range, control: ControlShares) -> tuple[Tensor, Tensor, Tensor]:
+def who(samples: range, control: ControlConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Places in the batch, int64, of the samples with a pose, without an image, and with one.
 
     Every stretch of samples holds as many as any other of its length, and among those with a pose and those without the

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.dataset import ControlShares
+from utils.config import ControlConfig
 from utils.distributed import Rngs, SampleRngs
 from utils.puppet_latents import PuppetLatents, skeletons, who
 from world.captions import claims
@@ -104,7 +104,7 @@ def test_sizes_that_do_not_fit():
 
 
 STEERED = {
-    "control": ControlShares(pose_dropout=0.25, image_dropout=0.5, hidden_joints=0),
+    "control": ControlConfig(pose_dropout=0.25, image_dropout=0.5, hidden_joints=0),
     "chunk_size": 4,
     "num_latent_frames": 3,
 }
@@ -139,7 +139,11 @@ def test_controls_are_those_of_their_clips():
 
 
 def test_words_of_steered_samples():
-    pool = make_pool(control=ControlShares(0, 0.5, wrong_action=1, unsaid_looks=1), chunk_size=4, pool_size=4)
+    pool = make_pool(
+        control=ControlConfig(pose_dropout=0, image_dropout=0.5, wrong_action=1, unsaid_looks=1),
+        chunk_size=4,
+        pool_size=4,
+    )
     pool.fill(0)
     drawn, scenes = pool.draw(draws(0, range(32))), sample_scenes(4, 1)
     for place, (ids, clip) in enumerate(zip(drawn.ids, drawn.latents, strict=True)):
@@ -167,7 +171,7 @@ def test_a_resumed_run_finds_the_same_controls():
 
 
 def test_some_skeletons_lack_joints():
-    whole, lacking = (make_pool(control=ControlShares(hidden_joints=share)) for share in (0, 1))
+    whole, lacking = (make_pool(control=ControlConfig(hidden_joints=share)) for share in (0, 1))
     for pool in (whole, lacking):
         pool.fill(0)
     shown = lacking._shown_joints(0)
@@ -177,9 +181,9 @@ def test_some_skeletons_lack_joints():
 
 
 def test_pose_and_image_come_in_all_combinations_and_equal_shares():
-    control = ControlShares(pose_dropout=0.5, image_dropout=0.8)
+    control = ControlConfig(pose_dropout=0.5, image_dropout=0.8)
     for first in (0, 40, 77):
         posed, plain, imaged = (set(places.tolist()) for places in who(range(first, first + 40), control))
         assert len(posed) == 20 and len(imaged) == 8 and len(posed & imaged) == 4
         assert plain | imaged == set(range(40)) and not plain & imaged
-    assert [len(places) for places in who(range(5), ControlShares(pose_dropout=1, image_dropout=1))] == [0, 5, 0]
+    assert [len(places) for places in who(range(5), ControlConfig(pose_dropout=1, image_dropout=1))] == [0, 5, 0]
