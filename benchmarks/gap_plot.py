@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-INK = ["#c0392b", "#e67e22", "#7f8c8d", "#1f618d", "#16a085", "#8e44ad", "#2c3e50"]
+INK = ["#c0392b", "#e67e22", "#7f8c8d", "#1f618d", "#16a085", "#8e44ad", "#2c3e50", "#b7950b"]
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 420, 300, 56, 34, 16, 40
 
 
