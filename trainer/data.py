@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from pipeline.samplers import few_step_times
+from utils.clip_poses import ClipPoses, find_tracks
 from utils.config import Config, ConfigError
 from utils.dataset import Samples, TrainingData, upload
 from utils.distributed import Ranks
 from utils.fingerprint import fingerprint
 from utils.latent_folder import LatentFolder, ODEPairs
+from utils.pose.keypoints import Keypoints
 from utils.prompts import read_prompts
 from utils.puppet_latents import PuppetLatents, skeletons
 from utils.scheduler import FlowMatchScheduler
@@ -72,6 +75,7 @@ class DataSource:
         self.cache: TextCache | None = None
         self.prompts: list[str] | None = None  # of the data, where they are a list
         self.captions: dict[str, str] | None = None  # of videos, as they stand beside them now
+        self.tracks: dict[str, Keypoints] | None = None  # of videos, where the config steers by poses
         total = config.total_batch_size or config.batch_size * ranks.size
         self.walk = {"seed": config.seed, "samples_per_step": total}
 
@@ -79,6 +83,9 @@ class DataSource:
         """The training data, after making what its caches of latents and words lack; all ranks call this together."""
         config, settings = self.config, self.config.data
         if settings.kind == "videos":
+            if config.control.pose_dim:  # before hours of encoding
+                names = [video.name for video in scan_videos(settings.path)[0]]
+                self.tracks = find_tracks(settings.path, names, config.fps, skip=settings.skip_broken)
             self.captions = fill_latent_cache(config, self.vae_folder, self.ranks, self.dtype)
         data = self._open("train")
         self.prompts = getattr(data, "prompts", None)
@@ -156,7 +163,21 @@ class DataSource:
             split=split,
             num_heldout=settings.num_eval_clips,
             captions=self.captions,
+            poses=None if self.tracks is None else self._clip_poses(folder),
             **self.walk,
+        )
+
+    def _clip_poses(self, folder: Path) -> ClipPoses:
+        config, stored = self.config, read_about(folder, LatentFolder.kind)["num_frames"]
+        return ClipPoses(
+            self.tracks,
+            config.control,
+            profile=config.drawing_profile,
+            size=(config.height, config.width),
+            num_frames=_clip_shape(config).num_pixel_frames,
+            clip_frames=replace(_clip_shape(config), num_frames=stored).num_pixel_frames,
+            seed=config.seed,
+            device=self.ranks.device,
         )
 
     def _puppets(self, split: str, rank: int, pool_size: int, min_fill: int) -> PuppetLatents:

@@ -140,7 +140,10 @@ class TextEncoderConfig:
 
 @dataclass
 class ControlConfig:
-    """Pose and image learned with the generator, on puppet clips; how many samples are steered, and by what."""
+    """Pose and image learned with the generator; how many samples are steered, and by what.
+
+    Words that say something else and hidden joints are puppets' only: videos have what stands beside them.
+    """
 
     pose_dim: int = 0  # width of the pose tokens; 64 holds all that the pose networks can say; 0: neither is learned
     frozen: bool = False  # pose networks stay as they are, pose_proj learns: for a student's teacher
@@ -328,6 +331,8 @@ class Config:
         """How keypoint files are drawn, a profile of utils.pose.draw."""
         if self.pose_drawing != "auto":
             return self.pose_drawing
+        if self.data.kind == "videos":  # training on people, who have hands
+            return "native"
         return "legacy" if self.pose_ckpt else "body"
 
     def check(self) -> None:
@@ -446,7 +451,18 @@ class Config:
                 f"control.pose_dim is {self.control.pose_dim}, but the {self.trainer} trainer knows neither pose nor "
                 "image; set trainer: diffusion, consistency or score_distillation, or control.pose_dim: 0"
             )
-        wanted = {"data.kind": (self.data.kind, "puppet")}
+        if self.data.kind not in ("puppet", "videos"):
+            raise ConfigError(
+                f"control.pose_dim is {self.control.pose_dim}, but data.kind is {self.data.kind}, which has no "
+                "skeletons; set data.kind: videos (keypoint files stand beside the videos) or puppet, or "
+                "control.pose_dim: 0"
+            )
+        if self.data.kind == "videos" and (self.drawing_profile == "legacy" or self.cuda_graphs):
+            raise ConfigError(
+                "control.pose_dim is set: on videos poses are drawn in the video's size, and not every clip has one; "
+                "set pose_drawing: native or body, and cuda_graphs: false"
+            )
+        wanted = {}
         if self.control.image_dropout < 1:  # an image stands before the clip, seen by causal networks that are shown it
             if self.trainer == "score_distillation" or not self.causal:
                 raise ConfigError(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from utils.clip_poses import ClipPoses
 from utils.dataset import EpochSampler, Samples, TrainingData, Words, upload
 from utils.distributed import SampleRngs
 from utils.shards import Item, Shards, check_about
@@ -37,10 +39,12 @@ class LatentFolder(TrainingData):
         split: str = "train",
         num_heldout: int = 0,
         captions: Mapping[str, str] | None = None,
+        poses: ClipPoses | None = None,
     ):
         """expected: what the folder must say of itself, e.g. the fingerprint of the VAE and the size of the video.
 
         captions: by key, in place of those that were encoded; items that it lacks are left out.
+        poses: what steers the clips besides, `Samples.controls`.
 
         split "heldout": the num_heldout items (at most a tenth) that "train" leaves out; the same ones for every seed.
         """
@@ -50,9 +54,9 @@ class LatentFolder(TrainingData):
         self.check_frames(self.shards.about["num_frames"])
         if captions is None:
             captions = {item.row["key"]: item.row["prompt"] for item in self.shards.items}
-        self.captions = captions
+        self.captions, self.poses = captions, poses
         items = self._of_split(split, num_heldout)
-        self.clips = [(item, f"clip{n}") for item in items for n in range(item.row["num_clips"])]
+        self.clips = [(item, n) for item in items for n in range(item.row["num_clips"])]
         self.sampler = EpochSampler(len(self.clips), seed, samples_per_step)
 
     @property
@@ -62,11 +66,15 @@ class LatentFolder(TrainingData):
 
     def draw(self, rngs: SampleRngs) -> Samples:
         drawn = [self.clips[n] for n in self.sampler(rngs)]
-        latents = torch.stack([self.shards.read(item, name) for item, name in drawn]).to(self.dtype)
+        latents = torch.stack([self.read(*clip) for clip in drawn]).to(self.dtype)
         latents = latents[..., : self.num_latent_frames, :, :, :].contiguous()
-        return replace(
-            self.words([self.captions[item.row["key"]] for item, _ in drawn]), latents=upload(latents, self.device)
-        )
+        words = self.words([self.captions[item.row["key"]] for item, _ in drawn])
+        controls = None if self.poses is None else self.poses(drawn, latents, self.read, rngs)
+        return replace(words, latents=upload(latents, self.device), controls=controls)
+
+    def read(self, item: Item, number: int) -> Tensor:
+        """Clip `number` of a video as it is stored, on the CPU."""
+        return self.shards.read(item, f"clip{number}")
 
     def check_frames(self, num_frames: int) -> None:
         """num_frames: latent frames of each clip in the folder. Raises ValueError if training asks for others."""

@@ -15,6 +15,8 @@ from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from utils.config import ConfigError, load_config
 from utils.distributed import Rngs, SampleRngs
+from utils.pose.keypoints import save_keypoints
+from utils.video import write_video
 from wan.configs import POSE_FILES, WanConfig
 from world.puppet import joints, sample_scenes
 
@@ -126,6 +128,8 @@ REFUSED = (
     (["trainer=gan"], "trainer: diffusion, consistency or score_distillation"),
     (["trainer=score_distillation"], "no images; set control.image_dropout: 1"),
     (["trainer=consistency", "consistency.causal_teacher=false"], "consistency.causal_teacher: true"),
+    (["data.kind=latents", "data.path=x"], "data.kind: videos .keypoint files stand beside"),
+    (["data.kind=videos", "data.path=x", "pose_drawing=legacy"], "set pose_drawing: native or body"),
     (["control.wrong_action=2"], "control.wrong_action is 2"),
     (["num_training_frames=3"], "must fit into a clip"),
 )
@@ -135,3 +139,47 @@ REFUSED = (
 def test_settings_that_cannot_work(settings: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(None, ["control.pose_dim=8", *settings])
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> list[str]:
+    """Settings that learn from four videos, of which three have keypoints."""
+    folder = tmp_path / "people"
+    for name in "abcd":
+        write_video(folder / f"{name}.mp4", torch.rand(42, 3, 32, 32), fps=16)
+        (folder / f"{name}.txt").write_text(f"puppet {name}")
+        if name != "d":
+            points = joints(sample_scenes(1, ord(name)), torch.arange(42))[0]
+            save_keypoints(folder / f"{name}.npz", points, 128, 128, 16)
+    return ["data.kind=videos", f"data.path={folder}"]
+
+
+def test_step_0_on_videos_is_that_without_pose(people: list[str], tmp_path: Path, vae_folder: Path):
+    settings = [*people, "control.image_dropout=1", "control.pose_dropout=0", "max_steps=1"]
+    trainer = make_trainer(tmp_path / "run", vae_folder, *settings)
+    trainer.start()
+    losses = []
+    for objective in (trainer.objective, trainer.objective.plain):
+        rngs = SampleRngs(Rngs(0, 0, trainer.device), range(4))
+        batch = trainer.prepare(rngs)
+        assert batch.controls.drawings.any()
+        losses.append(objective.loss(batch, rngs)[0])
+    assert torch.equal(*losses)
+    torch.nn.init.normal_(trainer.generator.model.pose_proj.weight)
+    torch.nn.init.normal_(trainer.generator.model.head.head.weight)
+    rngs = SampleRngs(Rngs(0, 0, trainer.device), range(4))
+    assert not torch.equal(trainer.objective.loss(trainer.prepare(rngs), rngs)[0], losses[0])
+
+
+def test_pose_and_image_are_learned_from_videos(people: list[str], tmp_path: Path, vae_folder: Path):
+    make_trainer(tmp_path, vae_folder, *people, "max_steps=1").train(visualize=False)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"student/loss_plain_posed", "student/loss_imaged_posed"} <= line.keys()
+    assert (tmp_path / "export" / POSE_FILES[0]).is_file()
+
+
+def test_videos_without_any_keypoints_are_refused(people: list[str], tmp_path: Path, vae_folder: Path):
+    for path in (tmp_path / "people").glob("*.npz"):
+        path.unlink()
+    with pytest.raises(ValueError, match="none of the 4 videos"):
+        make_trainer(tmp_path / "run", vae_folder, *people, "max_steps=1").train(visualize=False)

@@ -60,9 +60,10 @@ def draw(
         smooth = draw_pose(body[None], (height, width), canvas=(height, width), stick_width=half)[0]
         frames = smooth.mul(255).round().to(torch.uint8)
     if hands and points.shape[1] == NUM_WHOLE:
-        scaled = points * torch.tensor([width / source[1], height / source[0], 1.0])
+        scaled = points.cpu() * torch.tensor([width / source[1], height / source[0], 1.0])
         thickness = 2 if profile == "legacy" else max(1, round(min(height, width) / 256))
-        frames = torch.stack([_with_hands(f, p, thickness) for f, p in zip(frames, scaled, strict=True)])
+        with_hands = [_with_hands(f, p, thickness) for f, p in zip(frames.cpu(), scaled, strict=True)]
+        frames = torch.stack(with_hands).to(points.device)
     return frames
 
 

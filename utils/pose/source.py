@@ -56,12 +56,14 @@ def reference_body(path: str | Path, size: tuple[int, int]) -> tuple[Tensor, tup
     They move as the image does that they belong to: scaled to cover the video and cut around the centre.
     """
     track = read_keypoints(path)
-    points = next(track.pieces())[0].clone()
-    height, width = size
-    scale = max(height / track.height, width / track.width)
-    offset = torch.tensor([(scale * track.width - width) / 2, (scale * track.height - height) / 2])
-    points[:, :2] = scale * points[:, :2] - offset
-    return points, size
+    return cover(next(track.pieces())[0], (track.height, track.width), size), size
+
+
+def cover(points: Tensor, source: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Joints [..., 3] in pixels of source = (height, width), as pictures of it are scaled to cover size and cut."""
+    scale = max(new / old for new, old in zip(size, source, strict=True))
+    offset = points.new_tensor([(scale * source[1] - size[1]) / 2, (scale * source[0] - size[0]) / 2])
+    return torch.cat([scale * points[..., :2] - offset, points[..., 2:]], dim=-1)
 
 
 def is_keypoints(path: str | Path) -> bool:
