@@ -1,10 +1,14 @@
 """Finds the pose in a video of a person: python scripts/extract_pose.py dance.mp4 dance.npz --reference me.png
 
+Of a folder (python scripts/extract_pose.py data/videos) every video that has none yet gets its dance.npz beside it, for
+training (docs/training_data.md); a video that fails is named and left, and tried again by the next call.
+
 Writes keypoints (.npz) that inference.py --pose takes. With --reference the motion is put on the body of the person in
 that picture, and the drawing of the picture's own pose is written beside (dance_reference.png, for --ref_pose).
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,18 +27,26 @@ from utils.pose.draw import PROFILES, draw  # noqa: E402
 from utils.pose.keypoints import save_keypoints  # noqa: E402
 from utils.pose.retarget import fit  # noqa: E402
 from utils.video import load_pixels, pictures_at  # noqa: E402
+from utils.video_folder import VIDEO_SUFFIXES  # noqa: E402
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", type=Path, help="a video of a person")
-    parser.add_argument("output", type=Path, help=".npz to write")
+    parser.add_argument("video", type=Path, help="a video of a person, or a folder of such")
+    parser.add_argument("output", type=Path, nargs="?", help=".npz to write (default: beside the video)")
     parser.add_argument("--fps", type=float, default=16, help="pictures per second that are looked at (default: 16)")
     parser.add_argument("--dwpose", type=Path, metavar="FOLDER", help="DWPose's two ONNX files; none: MediaPipe")
     parser.add_argument("--mediapipe", type=Path, metavar="PYTHON", help="of an environment with MediaPipe")
     parser.add_argument("--reference", type=Path, metavar="IMAGE", help="the person who is to move so")
     parser.add_argument("--profile", choices=PROFILES, default="legacy", help="of the reference's drawing")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.video.is_dir() and (arguments.output or arguments.reference):
+        raise ValueError(
+            f"{arguments.video} is a folder: keypoints lie beside its videos, each on its own body; leave out output "
+            "and --reference, or give one video"
+        )
+    arguments.output = arguments.output or arguments.video.with_suffix(".npz")
+    return arguments
 
 
 def bytes_of(picture: torch.Tensor) -> np.ndarray:
@@ -58,18 +70,54 @@ def fit_to_reference(points: torch.Tensor, image: Path, backend: PoseBackend, ar
     return how(points), size
 
 
+def find_pose(video: Path, fps: float, backend: PoseBackend) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Joints [F, 134, 3] of a video, and its (height, width)."""
+    pictures = map(bytes_of, pictures_at(video, fps))
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError(f"{video} holds no pictures")
+    everything = (picture for part in ([first], pictures) for picture in part)
+    points = torch.stack([*tqdm(detect_pose(everything, backend), unit="picture", leave=False)])
+    return points, first.shape[:2]
+
+
+def extract_folder(folder: Path, fps: float, backend: PoseBackend) -> int:
+    """Keypoints beside every video that has none; how many videos failed."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
+    waiting = [file for file in files if not file.with_suffix(".npz").is_file()]
+    print(f"{len(files) - len(waiting)} of {len(files)} videos in {folder} have keypoints already")
+    failed, number = 0, len(waiting)
+    while waiting:
+        with backend:  # begun anew after a failure: it may have been its own
+            while waiting:
+                video = waiting.pop(0)
+                output, done = video.with_suffix(".npz"), f"{number - len(waiting)} of {number}"
+                partial = output.with_name(f".{output.stem}.{os.getpid()}.partial.npz")
+                try:
+                    points, (height, width) = find_pose(video, fps, backend)
+                    save_keypoints(partial, points, width, height, fps)
+                    partial.replace(output)
+                except (ValueError, OSError) as error:
+                    partial.unlink(missing_ok=True)
+                    failed += 1
+                    print(f"{done}: left out: {video}: {error}")
+                    break
+                print(f"{done}: wrote {output}, {len(points)} frames", flush=True)
+    print(f"{number - failed} videos done, {failed} left out")
+    return failed
+
+
 @plain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     backend, reason = choose_backend(arguments.dwpose, arguments.mediapipe)
     print(reason)
+    if arguments.video.is_dir():
+        return int(extract_folder(arguments.video, arguments.fps, backend) > 0)
     with backend:
-        pictures = map(bytes_of, pictures_at(arguments.video, arguments.fps))
-        first = next(pictures, None)
-        if first is None:
-            raise ValueError(f"{arguments.video} holds no pictures")
-        size, everything = first.shape[:2], (picture for part in ([first], pictures) for picture in part)
-        points = torch.stack([*tqdm(detect_pose(everything, backend), unit="picture")])
+        points, size = find_pose(arguments.video, arguments.fps, backend)
         if arguments.reference is not None:
             points, size = fit_to_reference(points, arguments.reference, backend, arguments)
     save_keypoints(arguments.output, points, size[1], size[0], arguments.fps)

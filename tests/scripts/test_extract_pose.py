@@ -58,6 +58,27 @@ def test_a_video_becomes_keypoints_on_the_references_body(python, video, tmp_pat
         assert drawing.size == (512, 768)
 
 
+def test_a_folder_is_gone_through_and_gone_on_with(python, video, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    for name in ("a.mp4", "deeper/c.mov"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(video.read_bytes())
+    (folder / "b.mp4").write_bytes(video.read_bytes()[:400])
+    assert SCRIPT.main([str(folder), "--mediapipe", str(python)]) == 1
+    said = capsys.readouterr().out
+    assert f"2 of 3: left out: {folder / 'b.mp4'}" in said and "2 videos done, 1 left out" in said
+    assert sorted(path.name for path in folder.rglob("*.npz")) == ["a.npz", "c.npz"]
+    assert read_keypoints(folder / "deeper" / "c.npz").num_frames == 9
+    (folder / "b.mp4").write_bytes(video.read_bytes())
+    written = (folder / "a.npz").stat().st_mtime_ns
+    assert SCRIPT.main([str(folder), "--mediapipe", str(python)]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 videos" in said and "1 videos done, 0 left out" in said
+    assert (folder / "a.npz").stat().st_mtime_ns == written
+    assert SCRIPT.main([str(folder), "a.npz", "--mediapipe", str(python)]) == 1
+    assert "is a folder: keypoints lie beside its videos" in capsys.readouterr().err
+
+
 def test_mistakes(video, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert SCRIPT.main([str(video), "a.npz"]) == 1
