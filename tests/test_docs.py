@@ -16,7 +16,8 @@ DATA_TEXT = (ROOT / "docs" / "training_data.md").read_text(encoding="utf-8")
 CODE = re.findall(r"`([^`\n]+)`", TEXT + DATA_TEXT)
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 KINDS_OF_DATA = {kind for kinds in KINDS.values() for kind in kinds}
-TOLD_ELSEWHERE = {"puppet_first_blocks", "puppet_pose", "puppet_pose_few_steps"}  # embedded_model.md, control.md
+# In embedded_model.md and control.md.
+TOLD_ELSEWHERE = {"puppet_first_blocks", "puppet_pose", "puppet_pose_few_steps", "wan_1.3b_pose"}
 NOT_TRAINED = {"default_config", "puppet_tiny", "wan_1.3b"}
 
 

@@ -115,6 +115,13 @@ def test_some_have_no_keypoints(tmp_path: Path, caplog):
     assert all(torch.equal(value, getattr(again, name)) for name, value in vars(controls).items())
 
 
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same():
+    points = dance(12)
+    ours = draw(points.cuda(), SOURCE, SIZE, "native").cpu().int()
+    assert (ours - draw(points, SOURCE, SIZE, "native").int()).abs().max() <= 1  # smooth edges, rounded
+
+
 def test_none_has(tmp_path: Path):
     video(tmp_path, "a", 9)
     with pytest.raises(
