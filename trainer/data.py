@@ -18,7 +18,7 @@ from utils.fingerprint import fingerprint
 from utils.latent_folder import LatentFolder, ODEPairs
 from utils.pose.keypoints import Keypoints
 from utils.prompts import read_prompts
-from utils.puppet_latents import PuppetLatents, skeletons
+from utils.puppet_latents import PuppetLatents, skeletons, who
 from utils.scheduler import FlowMatchScheduler
 from utils.shards import Shards, read_about
 from utils.text_cache import TextCache, TextEncoderFiles, fill_text_cache
@@ -197,6 +197,21 @@ class DataSource:
             dtype=self.dtype,
             split=split,
             control=config.control if config.control.pose_dim else None,
+        )
+
+
+def check_calls(config: Config, num_samples: int) -> None:
+    """Refuse batches that call a sharded network unequally often: once for clips with an image, once for those without.
+
+    num_samples: of a step. Ranks that wait for weights which another does not ask for would wait for ever.
+    """
+    size = config.batch_size
+    batches = [who(range(start, start + size), config.control) for start in range(0, num_samples, size)]
+    if len({bool(len(plain)) + bool(len(imaged)) for _, plain, imaged in batches}) > 1:
+        raise ConfigError(
+            f"control.image_dropout is {config.control.image_dropout} and batch_size {size}: some batches hold images "
+            "and clips without, others one kind only, and a sharded network must be called equally often on every GPU; "
+            "set batch_size: 1, or sharding_strategy: no_shard"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.base import Batch, Loss, Player
 from pipeline.build import assemble_pipeline, generator_options
 from trainer.base import Trainer
-from trainer.data import DataSource, text_encoder_home
+from trainer.data import DataSource, check_calls, text_encoder_home
 from trainer.plan import activation_bytes
 from utils.checkpoint import load_generator
 from utils.conditioning import Conditioning
@@ -77,6 +77,8 @@ class LatentTrainer(Trainer):
         self.model_config = _model_config(config.model_name)
         if config.control.pose_dim:
             self.model_config = replace(self.model_config, pose_dim=config.control.pose_dim)
+            if self.sharding.mesh is not None:
+                check_calls(config, config.total_batch_size or config.batch_size * self.ranks.size)
         self.folder = self.run_dir / "export"
         if self.ranks.is_main:
             self.begin_folder()

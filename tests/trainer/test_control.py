@@ -1,6 +1,7 @@
 """Pose and image learned with the transformer: steps, resuming, and the way from the export to inference.py."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import inference
 from pipeline.build import build_pipeline
 from tests.trainer.toy import FEW_STEPS, make, state
 from trainer.consistency import ConsistencyTrainer
+from trainer.data import check_calls
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from utils.config import ConfigError, load_config
@@ -120,6 +122,13 @@ def test_held_out_clips_are_steered_too(tmp_path: Path, vae_folder: Path):
     trainer.start()
     metrics = trainer.held_out(trainer.objective.loss)
     assert {"loss", "loss_plain_posed", "loss_plain_unposed", "loss_imaged_posed"} <= metrics.keys()
+
+
+def test_batches_that_sharded_networks_could_not_share():
+    for size, dropout, works in ((1, 0.5, True), (4, 0.5, True), (3, 0.8, False), (3, 1, True)):
+        config = load_config(None, ["control.pose_dim=8", f"control.image_dropout={dropout}", f"batch_size={size}"])
+        with nullcontext() if works else pytest.raises(ConfigError, match="set batch_size: 1"):
+            check_calls(config, 12)
 
 
 REFUSED = (
