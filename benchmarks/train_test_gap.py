@@ -5,11 +5,13 @@
 
 Every method starts from the same many-step model (`start`, measured as it is), sees the same puppets and learns for the
 same --seconds on the same GPUs; self-forcing spends a share of them on its ODE initialisation. What they have in
-common, teacher and ODE pairs, is not counted. Each then streams held-out prompts, and the judges read three horizons of the same stream: FWD (Frechet
-distance to true puppets of the same moments), accuracies, flicker. A figure is the mean over groups (training seed x
-sampling seed: other scenes, other noise) with its standard error. Everything is kept below --work, so that an
-interrupted experiment goes on where it stopped, and methods may be trained (--train_only) and measured by processes of
-their own: the last one, which names them all, finds what the others left. --given dmd=FOLDER measures a model that is there already.
+common, teacher and ODE pairs, is not counted. Each then streams held-out prompts, and the judges read three horizons of
+the same stream: FWD (Frechet distance to true puppets of the same moments), accuracies, flicker. A figure is the mean
+over groups (training seed x sampling seed: other scenes, other noise) with its standard error.
+
+Everything is kept below --work, so that an interrupted experiment goes on where it stopped, and methods may be trained
+(--train_only) and measured by processes of their own: the last one, which names them all, finds what the others left.
+--given dmd=FOLDER measures a model that is there already.
 """
 
 import argparse
@@ -54,7 +56,7 @@ class Stage:
     overrides: tuple[str, ...] = ()
 
 
-ODE_FIRST = Stage("puppet_ode", 0.3)
+ODE_FIRST = Stage("puppet_ode", 0.4)
 MANY_STEPS = ("sampling_steps=16", "guidance_scale=1.5")  # the embedded model's
 CLEAN_CONTEXT = ("from_scratch=false", "noise_augmentation_max_timestep=0", *MANY_STEPS)
 METHODS: dict[str, tuple[Stage, ...]] = {
@@ -62,9 +64,9 @@ METHODS: dict[str, tuple[Stage, ...]] = {
     "teacher_forcing": (Stage("puppet_diffusion", overrides=CLEAN_CONTEXT),),
     "diffusion_forcing": (Stage("puppet_diffusion_forcing", overrides=MANY_STEPS),),
     "ode_init": (Stage("puppet_ode"),),
-    "self_forcing_dmd": (ODE_FIRST, Stage("puppet_dmd", 0.7)),
-    "self_forcing_sid": (ODE_FIRST, Stage("puppet_sid", 0.7)),
-    "self_forcing_gan": (ODE_FIRST, Stage("puppet_gan", 0.7)),
+    "self_forcing_dmd": (ODE_FIRST, Stage("puppet_dmd", 0.6)),
+    "self_forcing_sid": (ODE_FIRST, Stage("puppet_sid", 0.6)),
+    "self_forcing_gan": (ODE_FIRST, Stage("puppet_gan", 0.6)),
 }
 
 

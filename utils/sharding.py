@@ -218,7 +218,9 @@ class LocalParameters:
 
     def zero_grad(self) -> None:
         if self.keeps_gradients:
-            torch._foreach_zero_([p.grad for p in self.tensors.values() if p.grad is not None])
+            gradients = [p.grad for p in self.tensors.values() if p.grad is not None]
+            if gradients:  # none before the first pass
+                torch._foreach_zero_(gradients)
             return
         for name, source in self.sources.items():
             source.grad = self.tensors[name].grad = None
