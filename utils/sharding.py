@@ -111,6 +111,9 @@ def _shard_transformer(transformer: WanModel, sharding: Sharding) -> None:
     transformer.to_empty(device="cpu" if sharding.offload else sharding.ranks.device)
     transformer.compute_device, transformer.compute_dtype = sharding.ranks.device, sharding.compute_dtype
     _spread(transformer, source, sharding)
+    # Else the first pass does it, with whatever learns in that pass: a network that is first used while another one
+    # learns (a critic in the student's step) would forget that its gradients are summed in, and are, float32.
+    transformer._get_fsdp_state()._lazy_init()
 
 
 @torch.no_grad()
