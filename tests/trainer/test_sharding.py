@@ -12,7 +12,7 @@ from tests.trainer.toy import ALONE
 from tests.trainer.two_networks import SETTINGS, TwoNetworks, assert_close, train, train_on
 from utils.config import ConfigError, load_config
 from utils.distributed import Ranks
-from utils.sharding import make_mesh
+from utils.sharding import Sharding, make_mesh
 from utils.training_state import load_training_state
 
 
@@ -70,6 +70,17 @@ def test_compiled_and_checkpointed_blocks_of_a_mesh_of_one(tmp_path: Path, group
     cut, whole = (load_training_state(tmp_path / name).tensors for name in ("cut", "whole"))
     assert all(tensor.dtype == torch.bfloat16 for tensor in cut.values())
     assert_close(cut, whole, tolerance=4e-3)  # bfloat16 has three digits
+
+
+def test_gradients_gathered_in_bfloat16_are_float32_ones(tmp_path: Path, group_of_one, monkeypatch):
+    """Also those of a critic, which is first used, frozen, in the student's step. CPUs compute in float32 otherwise."""
+    monkeypatch.setattr("trainer.layout.Sharding", lambda ranks, mesh, _, offload: Sharding(ranks, mesh, bf16, offload))
+    bf16 = torch.bfloat16
+    trainer = train(tmp_path, "max_steps=2", "batch_size=4", "sharding_strategy=hybrid_full")
+    for learner in trainer.learners:
+        parameters = learner.parameters.tensors.values()
+        assert {p.dtype for p in parameters} == {torch.float32}
+        assert {p.grad.dtype for p in parameters if p.grad is not None} <= {torch.float32}
 
 
 def test_a_critic_has_a_learning_rate_of_its_own(tmp_path: Path):
