@@ -56,7 +56,7 @@ class Stage:
     overrides: tuple[str, ...] = ()
 
 
-ODE_FIRST = Stage("puppet_ode", 0.4)
+ODE_FIRST, REST = Stage("puppet_ode", 0.4), 0.6
 MANY_STEPS = ("sampling_steps=16", "guidance_scale=1.5")  # the embedded model's
 CLEAN_CONTEXT = ("from_scratch=false", "noise_augmentation_max_timestep=0", *MANY_STEPS)
 METHODS: dict[str, tuple[Stage, ...]] = {
@@ -64,9 +64,9 @@ METHODS: dict[str, tuple[Stage, ...]] = {
     "teacher_forcing": (Stage("puppet_diffusion", overrides=CLEAN_CONTEXT),),
     "diffusion_forcing": (Stage("puppet_diffusion_forcing", overrides=MANY_STEPS),),
     "ode_init": (Stage("puppet_ode"),),
-    "self_forcing_dmd": (ODE_FIRST, Stage("puppet_dmd", 0.6)),
-    "self_forcing_sid": (ODE_FIRST, Stage("puppet_sid", 0.6)),
-    "self_forcing_gan": (ODE_FIRST, Stage("puppet_gan", 0.6)),
+    "self_forcing_dmd": (ODE_FIRST, Stage("puppet_dmd", REST)),
+    "self_forcing_sid": (ODE_FIRST, Stage("puppet_sid", REST)),
+    "self_forcing_gan": (ODE_FIRST, Stage("puppet_gan", REST)),
 }
 
 

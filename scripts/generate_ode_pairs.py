@@ -102,13 +102,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="w in uncond + w (cond - uncond) (default: the config's distillation.real_guidance_scale)",
     )
     parser.add_argument("--batch_size", type=int, default=1, help="pairs made at a time on a GPU")
-    parser.add_argument("--pairs_per_shard", type=int, default=16, help="at most so many are lost to a kill")
+    parser.add_argument(
+        "--pairs_per_shard",
+        type=int,
+        help="at most so many are lost to a kill (default: 16, or a batch if it is larger)",
+    )
     parser.add_argument("--float32", action="store_true", help="keep the states in float32 (default: bfloat16)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. distillation.real_name=...")
     args = parser.parse_intermixed_args(argv)
+    if args.pairs_per_shard is None:
+        args.pairs_per_shard = max(16, args.batch_size)
     for name in ("samples_per_prompt", "batch_size", "pairs_per_shard"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it is at least 1")
+    if args.batch_size > args.pairs_per_shard:
+        parser.error(
+            f"--batch_size {args.batch_size} is more than --pairs_per_shard {args.pairs_per_shard}, and a batch lies "
+            "in one shard; lower the one or raise the other"
+        )
     return args
 
 

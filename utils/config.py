@@ -331,8 +331,6 @@ class Config:
         """How keypoint files are drawn, a profile of utils.pose.draw."""
         if self.pose_drawing != "auto":
             return self.pose_drawing
-        if self.data.kind == "videos":  # training on people, who have hands
-            return "native"
         return "legacy" if self.pose_ckpt else "body"
 
     def check(self) -> None:

@@ -89,9 +89,9 @@ def test_helpers_that_are_not_given_are_made_first(tmp_path: Path, monkeypatch):
     assert programs == ["scripts/generate_ode_pairs.py", "train.py", "train.py", "train.py"]
     pairs, ode, teacher, dmd = (arguments for _, arguments in launched)
     assert "model_name=models/start" in pairs and "--causal_teacher" in pairs
-    assert "max_steps=30" in ode and f"data.path={tmp_path / 'ode_pairs'}" in ode
+    assert "max_steps=40" in ode and f"data.path={tmp_path / 'ode_pairs'}" in ode
     assert "configs/puppet_teacher.yaml" in teacher and "max_steps=100" in teacher
-    assert "max_steps=70" in dmd and "seed=3" in dmd
+    assert "max_steps=60" in dmd and "seed=3" in dmd
     assert f"distillation.real_name={tmp_path / 'runs' / 'teacher' / 'export'}" in dmd
     assert f"model_name={tmp_path / 'runs' / 'puppet_ode_0.3_seed3' / 'export'}" in dmd
     launched.clear()

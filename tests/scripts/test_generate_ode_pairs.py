@@ -139,3 +139,13 @@ if __name__ == "__main__":  # what the two-rank test forks
         sys.exit(load_script(SCRIPT).main(arguments))
 
     ranks.main(work)
+
+
+def test_a_batch_lies_in_one_shard(arguments, capsys):
+    module = load_script(SCRIPT)
+    with pytest.raises(SystemExit):
+        module.main([*arguments, "--batch_size", "3"])
+    assert "--batch_size 3 is more than --pairs_per_shard 2" in capsys.readouterr().err
+    without = [word for word in arguments if word not in ("--pairs_per_shard", "2")]
+    sizes = (("8", 16), ("256", 256))
+    assert all(module.parse_args([*without, "--batch_size", n]).pairs_per_shard == shard for n, shard in sizes)
