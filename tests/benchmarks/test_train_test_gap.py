@@ -93,7 +93,7 @@ def test_helpers_that_are_not_given_are_made_first(tmp_path: Path, monkeypatch):
     assert "configs/puppet_teacher.yaml" in teacher and "max_steps=100" in teacher
     assert "max_steps=60" in dmd and "seed=3" in dmd
     assert f"distillation.real_name={tmp_path / 'runs' / 'teacher' / 'export'}" in dmd
-    assert f"model_name={tmp_path / 'runs' / 'puppet_ode_0.3_seed3' / 'export'}" in dmd
+    assert f"model_name={tmp_path / 'runs' / 'puppet_ode_0.4_seed3' / 'export'}" in dmd
     launched.clear()
     assert train_test_gap.trained("self_forcing_sid", 3, args) != model
     assert len(launched) == 2, "the ODE stage is the same run; helpers are there"
