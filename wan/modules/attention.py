@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 
 BACKENDS = ("auto", "flash", "sdpa")
 
@@ -18,9 +17,17 @@ BACKENDS = ("auto", "flash", "sdpa")
 # Blocks do not know whether there is a mask, a cache, other ranks, or none of them.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-# Compiled once per process, here: eager flex-attention holds the whole score matrix, and compiling inside forward would
-# compile again for every module. No CUDA graphs: the training sequence changes its addresses every step.
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention() -> Callable:
+    """Compiled once per process, here: eager flex-attention holds the whole score matrix, and compiling inside forward
+    would compile again for every module. No CUDA graphs: the training sequence changes its addresses every step.
+
+    Made at first use: torch.compile alone imports the compiler, two seconds that most starts need not wait for.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache(maxsize=1)
@@ -85,5 +92,5 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask, backend: str = "auto
     if isinstance(mask, Tensor):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
-        out = _compiled_flex_attention(q, k, v, block_mask=mask)
+        out = _compiled_flex_attention()(q, k, v, block_mask=mask)
     return out.transpose(1, 2)
