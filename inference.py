@@ -458,8 +458,8 @@ def make_share(
 
 def report_kept(folder: Path, config: Config, kept: Sequence[Request]) -> None:
     """Say so when videos that are kept were made with other settings than those asked for now."""
-    hashes = recorded_hashes(folder)
-    other = [request for request in kept if hashes.get(request.path.name) != config_hash(config)]
+    hashes, wanted = recorded_hashes(folder), config_hash(config)
+    other = [request for request in kept if hashes.get(request.path.name) != wanted]
     if other:
         logger.warning(
             "%d of %d videos that exist already were made with other settings (%s first); they are kept: "

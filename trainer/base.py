@@ -5,7 +5,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -326,6 +326,11 @@ class Trainer(ABC):
         by_steps = settings.every_steps is not None and self.step % settings.every_steps == 0
         return by_steps or self.clock - self.saved_clock > settings.every_seconds
 
+    @cached_property
+    def resolved_config(self) -> str:
+        """The settings as YAML: made once, for it takes longer than a small step and every state holds it."""
+        return dump(self.config)
+
     def save(self) -> None:
         """Keep the run as it stands: compact at once, else in the background."""
         self.checkpointer.check()
@@ -338,8 +343,8 @@ class Trainer(ABC):
             "step": self.step,
             "seconds": self.clock_before + time.monotonic() - self.started,
             "compact": settings.compact,
-            "config_hash": config_hash(self.config),
-            "config": dump(self.config),
+            "config_hash": config_hash(self.resolved_config),
+            "config": self.resolved_config,
         }
         if not settings.compact:
             self.checkpointer.save(copied_state(self.learners, self.sharding), facts)
@@ -362,7 +367,7 @@ class Trainer(ABC):
         restore_state(self.learners, stored)
         self.step = self.last_look = stored.facts["step"]
         self.clock = self.clock_before = stored.facts["seconds"]
-        if stored.facts["config_hash"] != config_hash(self.config):
+        if stored.facts["config_hash"] != config_hash(self.resolved_config):
             logger.info("settings differ from those of the saved run; the new ones hold from step %d", self.step)
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 

@@ -538,7 +538,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             settings["compile"] = "default" if settings["compile"] else "off"
         _refuse_unknown(source, settings, Config)
         try:
-            merged = OmegaConf.merge(merged, settings)
+            merged.merge_with(settings)  # in place: OmegaConf.merge copies all settings for each layer
         except OmegaConfBaseException as error:
             reason = str(error.msg or error).splitlines()[0]
             raise ConfigError(f"{source}: setting '{error.full_key}': {reason}") from error
@@ -555,9 +555,10 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits that change when any setting does."""
-    return hashlib.sha256(dump(config).encode()).hexdigest()[:12]
+def config_hash(config: Config | str) -> str:
+    """Twelve hexadecimal digits that change when any setting does. config: or what `dump` made of it."""
+    text = config if isinstance(config, str) else dump(config)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _find(path: Path) -> Path:
