@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 GRACE = 6.0
+OPTIMIZER = "torch._dynamo"  # torch.optim imports it when the first optimizer is made
+TEXT_ENCODER = "transformers.models.umt5.modeling_umt5"
 
 
 def run(file: str, num_ranks: int, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -27,12 +30,15 @@ def run(file: str, num_ranks: int, *arguments: str, timeout: float = 120) -> sub
     return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
-def main(work: Callable[[list[str]], None]) -> None:
+def main(work: Callable[[list[str]], None], imports: Sequence[str] = ()) -> None:
     """Fork the ranks; each joins a gloo group and does work(arguments). The exit code is the first failure's.
 
+    imports: what the work imports late and slowly: done once, before the fork, instead of in every rank.
     After the first failure the others have GRACE seconds to end by themselves.
     """
     torch.set_num_threads(1)
+    for module in imports:
+        import_module(module)
     num_ranks = int(sys.argv[1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -138,7 +138,7 @@ if __name__ == "__main__":  # what the two-rank test forks
     def work(arguments: list[str]) -> None:
         sys.exit(load_script(SCRIPT).main(arguments))
 
-    ranks.main(work)
+    ranks.main(work, [ranks.TEXT_ENCODER])
 
 
 def test_a_batch_lies_in_one_shard(arguments, capsys):

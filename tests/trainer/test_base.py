@@ -224,4 +224,4 @@ def on_two_ranks(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    gloo.main(on_two_ranks)
+    gloo.main(on_two_ranks, [gloo.OPTIMIZER])

@@ -113,4 +113,4 @@ def on_two_ranks(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    ranks.main(on_two_ranks)
+    ranks.main(on_two_ranks, [ranks.OPTIMIZER, ranks.TEXT_ENCODER])

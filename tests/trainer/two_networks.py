@@ -126,4 +126,4 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
 
 
 if __name__ == "__main__":
-    gloo.main(work)
+    gloo.main(work, [gloo.OPTIMIZER])

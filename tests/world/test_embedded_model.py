@@ -46,10 +46,10 @@ def test_all_sections_are_measured_once_and_kept(benchmark, arguments, tmp_path,
     assert benchmark.main(arguments) == 0  # everything is there already
     assert "| fwd |" not in capsys.readouterr().out
 
+    assert set(figures["vae_gate"]["gate"]) == set(benchmark.GATE)
+    assert benchmark.main(["--vae_only", *arguments]) == 1  # a random VAE does not pass, and the exit code says so
+
     save_judges(Judges(), tmp_path / "judges")  # other weights in the same place: old figures are not theirs
     report, settings = benchmark.Report(tmp_path / "figures.json", overwrite=False), figures["prompts"]["settings"]
     weights = benchmark.fingerprint(Path(arguments[-2].removeprefix("model_name=")), tmp_path / "judges")
     assert report.has("prompts", settings) and not report.has("prompts", settings | {"weights": weights})
-
-    assert set(figures["vae_gate"]["gate"]) == set(benchmark.GATE)
-    assert benchmark.main(["--vae_only", *arguments]) == 1  # a random VAE does not pass, and the exit code says so
