@@ -15,12 +15,15 @@ Everything is kept below --work, so that an interrupted experiment goes on where
 """
 
 import argparse
+import functools
 import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -33,6 +36,8 @@ sys.path.insert(0, str(ROOT))  # run as a script, the repository is not on the p
 from benchmarks.embedded_model import describe_machine  # noqa: E402
 from benchmarks.gap_figures import FIGURES, accuracy_drop, beats, plot, summary, table  # noqa: E402
 from pipeline.build import build_pipeline  # noqa: E402
+from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline  # noqa: E402
+from pipeline.graphs import CudaRecorder  # noqa: E402
 from utils.config import Config, load_config  # noqa: E402
 from utils.fingerprint import fingerprint  # noqa: E402
 from world.captions import captions  # noqa: E402
@@ -57,6 +62,8 @@ class Stage:
 
 
 ODE_FIRST, REST = Stage("puppet_ode", 0.4), 0.6
+References = Callable[[int], dict[str, Tensor]]  # by sampling seed: see reference_features
+
 MANY_STEPS = ("sampling_steps=16", "guidance_scale=1.5")  # the embedded model's
 CLEAN_CONTEXT = ("from_scratch=false", "noise_augmentation_max_timestep=0", *MANY_STEPS)
 METHODS: dict[str, tuple[Stage, ...]] = {
@@ -163,15 +170,22 @@ def horizon_spans(args: argparse.Namespace) -> dict[str, slice]:
     return {f"{first}-{last - 1}": pixel_span(first, last) for first, last in pairwise([0, *args.horizons])}
 
 
-def judged(videos: Tensor, scenes: Scenes, judges: Judges, sample_seed: int, args: argparse.Namespace) -> dict:
+def judged(
+    videos: Tensor, scenes: Scenes, judges: Judges, references: dict[str, Tensor], args: argparse.Namespace
+) -> dict:
     """Figures of every horizon, each against true puppets of other scenes at the same moments."""
-    others = sample_scenes(len(scenes), REFERENCE_SEED + sample_seed, "heldout")
-    rows = {}
+    started, rows = time.monotonic(), {}
     for horizon, span in horizon_spans(args).items():
-        features = features_of(truth(others, span, args), judges)
-        figures = measure(videos[:, span], scenes, judges, features, start_frame=span.start)
+        figures = measure(videos[:, span], scenes, judges, references[horizon], start_frame=span.start)
         rows[horizon] = {name: figures[name] for name in FIGURES}
+    logger.info("judged in %.0f s", time.monotonic() - started)
     return rows
+
+
+def reference_features(judges: Judges, args: argparse.Namespace, sample_seed: int) -> dict[str, Tensor]:
+    """What the judges see in true puppets of other scenes, by horizon."""
+    others = sample_scenes(args.num_prompts, REFERENCE_SEED + sample_seed, "heldout")
+    return {name: features_of(truth(others, span, args), judges) for name, span in horizon_spans(args).items()}
 
 
 def truth(scenes: Scenes, span: slice, args: argparse.Namespace) -> Tensor:
@@ -183,9 +197,20 @@ def truth(scenes: Scenes, span: slice, args: argparse.Namespace) -> Tensor:
     return torch.cat(parts)
 
 
-def streams(config: Config, prompts: list[str], sample_seed: int, args: argparse.Namespace) -> Tensor:
+def sampler(method: str, model: Path, args: argparse.Namespace) -> CausalDiffusionInferencePipeline:
+    """The method's pipeline. On a GPU its passes are replayed, not compiled, which would take longer than the streams:
+    the recipe's `compile` is for training."""
+    pipeline = build_pipeline(replace(sampler_config(method, model, args), compile="off"))
+    if pipeline.device.type == "cuda":
+        pipeline.record_passes(CudaRecorder(pipeline.device))
+    return pipeline
+
+
+def streams(
+    pipeline: CausalDiffusionInferencePipeline, prompts: list[str], sample_seed: int, args: argparse.Namespace
+) -> Tensor:
     """The model's videos of all horizons, uint8 on the CPU."""
-    pipeline, videos = build_pipeline(replace(config, compile="off")), []  # the recipe's `compile` is for training
+    videos, started = [], time.monotonic()
     for first in range(0, len(prompts), args.batch_size):
         some = prompts[first : first + args.batch_size]
         blocks = pipeline.stream(
@@ -196,7 +221,7 @@ def streams(config: Config, prompts: list[str], sample_seed: int, args: argparse
             width=args.size,
         )
         videos.append(torch.cat([to_bytes(block).cpu() for block in blocks], dim=1))
-        logger.info("%d of %d streams", first + len(some), len(prompts))
+        logger.info("%d of %d streams, %.0f s", first + len(some), len(prompts), time.monotonic() - started)
     return torch.cat(videos)
 
 
@@ -213,18 +238,22 @@ def kept(name: str, facts: dict, make: Callable[[], dict], args: argparse.Namesp
     return rows
 
 
-def group(method: str, model: Path, seed: int, sample_seed: int, judges: Judges, args: argparse.Namespace) -> dict:
-    """Figures of one training seed and one sampling seed, and a contact sheet."""
-    config, name = sampler_config(method, model, args), f"{method}_seed{seed}_sampling{sample_seed}"
+def groups(
+    method: str, model: Path, seed: int, judges: Judges, references: References, args: argparse.Namespace
+) -> list[dict]:
+    """Figures of one training seed under every sampling seed, and a contact sheet each."""
+    weights = fingerprint(*sorted(model.glob("diffusion_pytorch_model*.safetensors")))
+    facts = {"weights": weights, "passes": passes_per_block(sampler_config(method, model, args))}
+    pipeline = functools.cache(partial(sampler, method, model, args))  # not built where all is measured
 
-    def make() -> dict:
+    def make(sample_seed: int, name: str) -> dict:
         scenes, prompts = held_out(sample_seed, args)
-        videos = streams(config, prompts, sample_seed, args)
+        videos = streams(pipeline(), prompts, sample_seed, args)
         contact_sheet(videos[:6], prompts[:6], args.work / "sheets" / f"{name}.png", frames=12)
-        return judged(videos, scenes, judges, sample_seed, args)
+        return judged(videos, scenes, judges, references(sample_seed), args)
 
-    weights = sorted(model.glob("diffusion_pytorch_model*.safetensors"))
-    return kept(name, {"weights": fingerprint(*weights), "passes": passes_per_block(config)}, make, args)
+    names = {sample_seed: f"{method}_seed{seed}_sampling{sample_seed}" for sample_seed in args.sample_seeds}
+    return [kept(name, facts, partial(make, sample_seed, name), args) for sample_seed, name in names.items()]
 
 
 def held_out(sample_seed: int, args: argparse.Namespace) -> tuple[Scenes, list[str]]:
@@ -232,13 +261,13 @@ def held_out(sample_seed: int, args: argparse.Namespace) -> tuple[Scenes, list[s
     return scenes, captions(scenes, SCENE_SEED + sample_seed, full=True)
 
 
-def true_group(sample_seed: int, judges: Judges, args: argparse.Namespace) -> dict:
+def true_group(sample_seed: int, judges: Judges, references: References, args: argparse.Namespace) -> dict:
     """What the true puppets of the same prompts get: the ceiling."""
 
     def make() -> dict:
         scenes, _ = held_out(sample_seed, args)
         whole = truth(scenes, pixel_span(0, args.horizons[-1]), args)
-        return judged(whole, scenes, judges, sample_seed, args)
+        return judged(whole, scenes, judges, references(sample_seed), args)
 
     return kept(f"ground_truth_sampling{sample_seed}", {}, make, args)
 
@@ -298,15 +327,17 @@ def main(argv: list[str] | None = None) -> int:
             trained(method, seed, args)
         return 0
     judges = load_judges(args.judges, args.device)
-    results = {"ground_truth": summary([true_group(seed, judges, args) for seed in args.sample_seeds])}
+    references = functools.cache(partial(reference_features, judges, args))
+    truths = [true_group(seed, judges, references, args) for seed in args.sample_seeds]
+    results = {"ground_truth": summary(truths)}
     passes: dict[str, int] = {}
     for method in args.methods:
-        groups = []
+        rows = []
         for seed in args.train_seeds if METHODS[method] and method not in args.given else [0]:
             model = trained(method, seed, args)
-            groups += [group(method, model, seed, sample, judges, args) for sample in args.sample_seeds]
+            rows += groups(method, model, seed, judges, references, args)
             passes[method] = passes_per_block(sampler_config(method, model, args))
-        results[method] = summary(groups)
+        results[method] = summary(rows)
         report = conclude(results, passes, args)
         write(args.out, report)
     text = table(results, passes)

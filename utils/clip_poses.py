@@ -80,7 +80,7 @@ class ClipPoses:
     def __call__(
         self, clips: Sequence[tuple[Item, int]], latents: Tensor, read: Callable[[Item, int], Tensor], rngs: SampleRngs
     ) -> Controls:
-        """clips: item and number of each sample; latents: theirs, [B, F, C, h, w]; read: any other clip's."""
+        """clips: item and number of each sample; latents: theirs, [B, F, C, h, w] on the device; read: any other's."""
         wanted, plain, imaged = who(rngs.samples, self.control)
         posed = [p for p in wanted.tolist() if self.covers(clips[p], self.num_frames)]
         references, skeletons, told, own = [], [], [], []
@@ -90,7 +90,7 @@ class ClipPoses:
             others = [(item, n) for n in range(item.row["num_clips"]) if n != number and self.covers((item, n), 1)]
             first_frame = kind < self.control.first_frame or not others
             shown = (item, number) if first_frame else others[int(which * len(others))]
-            references.append(latents[place, :1] if first_frame else read(*shown)[:1].to(latents.dtype))
+            references.append(latents[place, :1] if first_frame else upload(read(*shown)[:1], self.device).to(latents))
             skeletons.append(self.drawings(shown, 1) if not first_frame else self.empty(1))
             told.append(place not in posed or hidden >= self.control.reference_pose_dropout)
             own.append(first_frame)
@@ -100,7 +100,7 @@ class ClipPoses:
             posed=upload(torch.tensor(posed, dtype=torch.long), self.device),
             plain=upload(plain, self.device),
             imaged=upload(imaged, self.device),
-            references=upload(torch.stack(references) if own else latents[:0, :1], self.device),
+            references=torch.stack(references) if own else latents[:0, :1],
             reference_drawings=torch.stack(skeletons) if own else self.empty(1)[None][:0],
             reference_posed=upload(torch.tensor(told, dtype=torch.bool), self.device),
             first_frame=upload(torch.tensor(own, dtype=torch.bool), self.device),
