@@ -52,6 +52,9 @@ SCENE_SEED, REFERENCE_SEED = 505, 606  # plus the sampling seed
 START, BASELINE, CHAMPION = "start", "teacher_forcing", "self_forcing_dmd"
 
 
+References = Callable[[int], dict[str, Tensor]]  # by sampling seed: see reference_features
+
+
 @dataclass(frozen=True)
 class Stage:
     """One run of train.py: a config, its share of the method's time, settings over the config's."""
@@ -62,8 +65,6 @@ class Stage:
 
 
 ODE_FIRST, REST = Stage("puppet_ode", 0.4), 0.6
-References = Callable[[int], dict[str, Tensor]]  # by sampling seed: see reference_features
-
 MANY_STEPS = ("sampling_steps=16", "guidance_scale=1.5")  # the embedded model's
 CLEAN_CONTEXT = ("from_scratch=false", "noise_augmentation_max_timestep=0", *MANY_STEPS)
 METHODS: dict[str, tuple[Stage, ...]] = {
