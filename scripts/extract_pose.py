@@ -26,6 +26,7 @@ from utils.pose.backends import PoseBackend, choose_backend, detect_pose  # noqa
 from utils.pose.draw import PROFILES, draw  # noqa: E402
 from utils.pose.keypoints import save_keypoints  # noqa: E402
 from utils.pose.retarget import fit  # noqa: E402
+from utils.pose.sides import put_sides_right  # noqa: E402
 from utils.video import load_pixels, pictures_at  # noqa: E402
 from utils.video_folder import VIDEO_SUFFIXES  # noqa: E402
 
@@ -78,6 +79,9 @@ def find_pose(video: Path, fps: float, backend: PoseBackend) -> tuple[torch.Tens
         raise ValueError(f"{video} holds no pictures")
     everything = (picture for part in ([first], pictures) for picture in part)
     points = torch.stack([*tqdm(detect_pose(everything, backend), unit="picture", leave=False)])
+    points, exchanged = put_sides_right(points)
+    if exchanged.any():
+        print(f"{video}: left and right were the wrong way round in {int(exchanged.sum())} frames and are put right")
     return points, first.shape[:2]
 
 

@@ -13,14 +13,14 @@ from utils.pose.keypoints import read_keypoints
 from utils.video import write_video
 
 SCRIPT = load_script(Path(__file__).parents[2] / "scripts" / "extract_pose.py")
-# A stand-in for MediaPipe's process: one person, whose nose is in the middle.
+# A stand-in for MediaPipe's process: one person, surest where a video begins.
 ANSWERS = """
 import struct, sys
 sys.stdout.buffer.write(b"ready"); sys.stdout.buffer.flush()
 while len(header := sys.stdin.buffer.read(12)) == 12:
-    height, width, _ = struct.unpack("<3i", header)
+    height, width, begins = struct.unpack("<3i", header)
     sys.stdin.buffer.read(height * width * 3)
-    points = [v for i in range(75) for v in (0.3 + 0.005 * i, 0.2 + 0.009 * i, 0.9)]
+    points = [v for i in range(75) for v in (0.3 + 0.005 * i, 0.2 + 0.009 * i, 0.9 if begins else 0.8)]
     sys.stdout.buffer.write(struct.pack("<225f", *points)); sys.stdout.buffer.flush()
 """
 
@@ -48,6 +48,7 @@ def test_a_video_becomes_keypoints_on_the_references_body(python, video, tmp_pat
     track = read_keypoints(out)
     assert (track.num_frames, track.num_joints, track.width, track.height) == (9, 134, 320, 480)
     (points,) = track.pieces()
+    torch.testing.assert_close(points[:, 0, 2], torch.tensor([0.9] + 8 * [0.8]))
     image = tmp_path / "me.png"
     Image.fromarray(np.zeros((960, 640, 3), np.uint8)).save(image)
     assert SCRIPT.main([str(video), str(out), "--mediapipe", str(python), "--reference", str(image)]) == 0
@@ -68,7 +69,8 @@ def test_a_folder_is_gone_through_and_gone_on_with(python, video, tmp_path, caps
     said = capsys.readouterr().out
     assert f"2 of 3: left out: {folder / 'b.mp4'}" in said and "2 videos done, 1 left out" in said
     assert sorted(path.name for path in folder.rglob("*.npz")) == ["a.npz", "c.npz"]
-    assert read_keypoints(folder / "deeper" / "c.npz").num_frames == 9
+    (last,) = read_keypoints(folder / "deeper" / "c.npz").pieces()
+    torch.testing.assert_close(last[:, 0, 2], torch.tensor([0.9] + 8 * [0.8]))  # it begins anew after a.mp4
     (folder / "b.mp4").write_bytes(video.read_bytes())
     written = (folder / "a.npz").stat().st_mtime_ns
     assert SCRIPT.main([str(folder), "--mediapipe", str(python)]) == 0

@@ -1,7 +1,7 @@
 """From pictures of people to joints: DWPose's ONNX models from local files, or MediaPipe in an environment of its own.
 
 A backend is a context manager with `detect(picture uint8 [H, W, 3]) -> Tensor [134, 3]` (x, y in pixels, confidence;
-zeros where no one is): one person, the clearest one.
+zeros where no one is): one person, the clearest one. With `begins` the picture has nothing to do with the one before.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class PoseBackend(Protocol):
 
     def __exit__(self, *exception) -> None: ...
 
-    def detect(self, picture: np.ndarray) -> Tensor: ...
+    def detect(self, picture: np.ndarray, *, begins: bool = False) -> Tensor: ...
 
 
 class MediaPipe:
@@ -60,10 +60,10 @@ class MediaPipe:
         self._process.wait()
         self._log.close()
 
-    def detect(self, picture: np.ndarray) -> Tensor:
+    def detect(self, picture: np.ndarray, *, begins: bool = False) -> Tensor:
         height, width = picture.shape[:2]
         try:
-            self._process.stdin.write(mediapipe_worker.HEADER.pack(height, width, 0) + picture.tobytes())
+            self._process.stdin.write(mediapipe_worker.HEADER.pack(height, width, begins) + picture.tobytes())
             self._process.stdin.flush()
         except BrokenPipeError:
             self._answer(1)
@@ -124,13 +124,13 @@ def choose_backend(dwpose: str | Path | None = None, mediapipe: str | Path | Non
 def detect_pose(
     pictures: Iterable[np.ndarray], backend: PoseBackend, *, look: Callable[[int], None] | None = None
 ) -> Iterator[Tensor]:
-    """Joints [134, 3] of each picture uint8 [H, W, 3]; ValueError at the end if there was no one in any.
+    """Joints [134, 3] of each picture uint8 [H, W, 3] of one video; ValueError at the end if there was no one in any.
 
     look(n) is called with the number of pictures done.
     """
     done = empty = 0
     for picture in pictures:
-        points = backend.detect(picture)
+        points = backend.detect(picture, begins=done == 0)
         done += 1
         empty += not (points[:, 2] > CONFIDENT).any()
         if look is not None:

@@ -40,8 +40,8 @@ class DWPose:
     def __exit__(self, *_) -> None:
         self._models = None
 
-    def detect(self, picture: np.ndarray) -> Tensor:
-        """picture uint8 [H, W, 3] RGB -> [134, 3]."""
+    def detect(self, picture: np.ndarray, *, begins: bool = False) -> Tensor:
+        """picture uint8 [H, W, 3] RGB -> [134, 3]; every picture is looked at anew, whether a video begins or not."""
         boxes, joints = self._models
         image = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1).float()
         squeezed, ratio = letterbox(image)

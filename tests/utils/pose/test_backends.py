@@ -90,8 +90,10 @@ class Nobody:
 
     def __init__(self, *seen: bool):
         self.seen = iter(seen)
+        self.begun: list[bool] = []
 
-    def detect(self, picture):
+    def detect(self, picture, *, begins):
+        self.begun.append(begins)
         return torch.full((134, 3), float(next(self.seen)))
 
 
@@ -99,7 +101,9 @@ def test_no_person_found(caplog):
     pictures = [np.zeros((4, 4, 3), np.uint8)] * 3
     with pytest.raises(ValueError, match="no person found in any of 3 pictures"):
         [*detect_pose(pictures, Nobody(False, False, False))]
-    assert len([*detect_pose(pictures, Nobody(True, False, True))]) == 3
+    backend = Nobody(True, False, True)
+    assert len([*detect_pose(pictures, backend)]) == 3
+    assert backend.begun == [True, False, False]
     assert "no person found in 1 of 3 pictures" in caplog.text
     with pytest.raises(ValueError, match="no pictures"):
         [*detect_pose([], Nobody())]
