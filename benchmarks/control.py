@@ -5,9 +5,10 @@
     python benchmarks/control.py --toy --set model_name=DIR                # sizes for a CPU: the road, no figures
 
 Held-out puppets: motions of the kinds seen in training, improvised ones of styles that were not, and motions fitted to
-a body of other proportions (utils.pose.retarget). Poses are drawn as for `--pose` and streamed piece by piece. A model
-with a denoising_step_list fills the few_step sections of --out, another one many_step; headline figures are those of
-the few-step model where it was measured. Sections that are there with the same settings and weights are kept.
+a body of other proportions (utils.pose.retarget). The section `person` fits a real person's motion to puppets. Poses
+are drawn as for `--pose` and streamed piece by piece. A model with a denoising_step_list fills the few_step sections of
+--out, another one many_step; headline figures are those of the few-step model where it was measured. Sections that are
+there with the same settings and weights are kept.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.embedded_model import Report, fingerprint, round_trips
 from pipeline.build import build_pipeline
 from utils.config import load_config
 from utils.pose.draw import draw
+from utils.pose.keypoints import NUM_BODY, read_keypoints
 from utils.pose.retarget import bone_lengths, fit
 from utils.puppet_latents import skeletons
 from wan.configs import find_model_folder
@@ -39,15 +41,16 @@ from world.render import render
 
 logger = logging.getLogger(__name__)
 
-SCENE_SEED, STREAM_SEED, NOISE_SEED = 707, 808, 0
-SECTIONS = ["poses", "identity", "streams"]
+SCENE_SEED, STREAM_SEED, PERSON_SEED, NOISE_SEED = 707, 808, 909, 0
+SECTIONS = ["poses", "identity", "streams", "person"]
+PERSON = Path(__file__).resolve().parents[1] / "prompts" / "jumping_jacks.npz"
 IMPROVISE = ACTIONS.index("improvise")
 LATER = 160  # frame of a scene that its reference picture shows
 SAME_BODY = 0.04  # mean relative error of limb lengths up to which two bodies are one
 Seen = tuple[Tensor, Tensor]  # videos and the joints that were read in them
 LIMBS = ((1, 8), (1, 11), (2, 3), (3, 4), (5, 6), (6, 7), (8, 9), (9, 10), (11, 12), (12, 13))
 TOY = {"num_seen": 1, "num_unseen": 1, "num_retargeted": 0, "num_latents": 12, "num_streams": 1, "stream_latents": 12}
-TOY |= {"batch_size": 2, "size": 32}
+TOY |= {"num_people": 1, "batch_size": 2, "size": 32}
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,26 @@ def streams_section(pipeline, judges: Judges, args: argparse.Namespace) -> dict:
     return {"n": len(videos), "num_frames": num_frames, "quarters": rows, **drops}
 
 
+def person_section(pipeline, judges: Judges, args: argparse.Namespace) -> dict:
+    """A real person's motion on puppets of other proportions, with and without pose. No render shows it: no ceiling."""
+    scenes = sample_scenes(args.num_people, PERSON_SEED, "heldout", moving_camera=0.0)
+    prompts = captions(scenes, PERSON_SEED, full=True)
+    track = torch.cat([piece[:, :NUM_BODY] for piece in read_keypoints(PERSON).pieces()])
+    track = track[: pixel_frames(args.num_latents)]
+    asked = torch.stack([fit(track, body)(track) for body in joints(scenes, torch.tensor([LATER]))[:, 0]])
+    num_latents = 1 + (len(track) - 1) // 4
+
+    def poses(rows: slice) -> Iterator[Tensor]:
+        return iter(drawn(asked[rows].to(args.device), args.size).split(4, dim=1))
+
+    columns = {}
+    for name, given in (("with pose", poses), ("without pose", None)):
+        videos = streamed(pipeline, prompts, num_latents, args, poses=given)
+        columns[name] = followed(read_joints(videos, judges, args), asked, {})["all"]
+    print(f"a real person's motion, {len(scenes)} puppets" + "\n" + table(columns))
+    return {"num_frames": len(track), "columns": columns}
+
+
 def headline(content: dict) -> dict[str, float]:
     """The figures by their names in the plan; the few-step model's where there are both."""
     figures = {}
@@ -272,6 +295,8 @@ def headline(content: dict) -> dict[str, float]:
             figures["headline_of"] = kind
         if people := content.get(f"{kind}_identity"):
             figures["identity_accuracy"] = people["columns"]["ref_sink"]["accuracy"]
+        if person := content.get(f"{kind}_person"):
+            figures["pck_real_person"] = person["columns"]["with pose"]["pck05"]
     return figures
 
 
@@ -288,6 +313,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_latents", type=int, default=21)
     parser.add_argument("--num_streams", type=int, default=16)
     parser.add_argument("--stream_latents", type=int, default=252)
+    parser.add_argument("--num_people", type=int, default=16, help="puppets that a real person's motion is fitted to")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--size", type=int, default=CANVAS, help="side of a picture")
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
@@ -305,11 +331,20 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config_path, args.set)
     kind = "few_step" if config.denoising_step_list else "many_step"
     report, judges = Report(args.out, args.overwrite), load_judges(args.judges, args.device)
-    sizes = ("num_seen", "num_unseen", "num_retargeted", "num_latents", "num_streams", "stream_latents", "size")
+    sizes = (
+        "num_seen",
+        "num_unseen",
+        "num_retargeted",
+        "num_latents",
+        "num_streams",
+        "stream_latents",
+        "num_people",
+        "size",
+    )
     settings = {"device": args.device, "config": args.config_path, "set": args.set}
     settings |= {name: getattr(args, name) for name in sizes}
     settings |= {"weights": fingerprint(find_model_folder(config.model_name), args.judges)}
-    settings |= {"seeds": {"scenes": SCENE_SEED, "streams": STREAM_SEED, "noise": NOISE_SEED}}
+    settings |= {"seeds": {"scenes": SCENE_SEED, "streams": STREAM_SEED, "people": PERSON_SEED, "noise": NOISE_SEED}}
     sequences, known = make_sequences(args), None
     for name in args.sections:
         if report.has(f"{kind}_{name}", settings):
@@ -318,8 +353,8 @@ def main(argv: list[str] | None = None) -> int:
         if name == "identity":  # a reference must not leave the window
             window = replace(window, sink_size=max(1, window.sink_size))
         pipeline = build_pipeline(replace(config, model_kwargs=window, compile="off"), args.device)
-        if name == "streams":
-            figures = streams_section(pipeline, judges, args)
+        if name in ("streams", "person"):
+            figures = (streams_section if name == "streams" else person_section)(pipeline, judges, args)
         else:
             known = known or ceilings(pipeline, sequences, judges, args)
             section = poses_section if name == "poses" else identity_section

@@ -38,7 +38,7 @@ def test_the_whole_road(posed_folder: Path, tmp_path: Path):
     arguments += ["--set", f"model_name={posed_folder}"]
     assert control.main([*arguments, "sampling_steps=1", "guidance_scale=1"]) == 0
     content = json.loads((tmp_path / "out.json").read_text())
-    names = "pck_unseen_motion pck_many_step pck_without_pose identity_accuracy"
+    names = "pck_unseen_motion pck_many_step pck_without_pose identity_accuracy pck_real_person"
     assert all(0 <= content[name] <= 1 for name in names.split())
     assert content["headline_of"] == "many_step" and "pck_streaming_4step" not in content
     columns = content["many_step_poses"]["columns"]
@@ -46,6 +46,8 @@ def test_the_whole_road(posed_folder: Path, tmp_path: Path):
     assert columns["with pose"]["seen"]["joint_error_px"] != columns["without pose"]["seen"]["joint_error_px"]
     assert {"seen", "unseen", "all"} == set(columns["with pose"])
     assert len(content["many_step_streams"]["quarters"]) == 4
+    person = content["many_step_person"]["columns"]
+    assert person["with pose"]["joint_error_px"] != person["without pose"]["joint_error_px"]
 
 
 def test_the_few_step_model_makes_the_headlines():
