@@ -292,6 +292,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict:
             "load_s": loaded - start,
             "peak_gb": peak_bytes(device) / 1e9,
             "kv_cache_gb": stand.pipeline.kv_cache_pos.num_bytes / 1e9,
+            "attention": stand.pipeline.generator.model.attention_backend,
             "flops": stand.flops(),
         }
         if not arguments.no_reference:
@@ -329,6 +330,7 @@ def describe_config(config: Config) -> dict:
         "dtype": str(resolve_dtype(config.dtype, resolve_device(config.device))).removeprefix("torch."),
         "compile": config.compile,
         "linear_dtype": config.linear_dtype,
+        "attention_backend": config.attention_backend,
         "vae_overlap": config.vae_overlap,
         "vae_device": config.vae_device,
     }

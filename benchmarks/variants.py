@@ -7,6 +7,7 @@ A variant is words joined by +, each of which stands for settings:
 
     off default max         compile; off: as launched, nothing fused
     fp8                     linear_dtype=float8
+    int8 fastest            attention_backend; fastest is measured for the first variant's window that has the word
     tiny                    vae_decoder=tiny
     plainvae                the VAE as launched, whatever the rest is
     overlap  vae2           decode beside denoising, on the same GPU or on the second one
@@ -55,6 +56,8 @@ from utils.wan_wrapper import WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 WORDS = {
     **{word: [f"compile={word}"] for word in ("off", "default", "max")},
     "fp8": ["linear_dtype=float8"],
+    "int8": ["attention_backend=int8"],
+    "fastest": ["attention_backend=fastest"],
     "tiny": ["vae_decoder=tiny"],
     "plainvae": [],
     "overlap": ["vae_overlap=true"],
@@ -71,6 +74,7 @@ WORDS = {
 VARIANTS = [
     *("off", "default", "max", "max+fp8", "max+tiny", "max+overlap"),
     *("window+max", "window+max+fp8+tiny", "turbo+max+fp8+tiny"),
+    *("max+int8", "window+max+fp8+int8+tiny", "turbo+max+fp8+int8+tiny"),
 ]
 LINE = {
     "transformer": ("fps_transformer", "{:.1f}"),
@@ -112,7 +116,7 @@ class Parts:
         return pipeline
 
     def generator(self, config: Config) -> WanDiffusionWrapper:
-        key = (config.dtype, config.linear_dtype, config.compiles)
+        key = (config.dtype, config.linear_dtype, config.compiles, config.attention_backend)
         if key not in self.generators:
             generator = build_generator(config, self.device, resolve_dtype(config.dtype, self.device))
             accelerate(generator, config)
@@ -160,7 +164,7 @@ class Variants:
         if key not in self.references:
             base = self.config("off")
             plain = {"dtype": base.dtype, "vae_dtype": base.vae_dtype, "vae_decoder": "full", "vae_device": "auto"}
-            plain |= {"compile": "off", "linear_dtype": "auto", "vae_overlap": False}
+            plain |= {"compile": "off", "linear_dtype": "auto", "attention_backend": "auto", "vae_overlap": False}
             self.references[key] = self.video(self.stand(replace(config, **plain)))
         return self.references[key]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.attention_choice import choose_attention
 from pipeline.bidirectional_inference import BidirectionalInferencePipeline
 from pipeline.causal_diffusion_inference import CausalDiffusionInferencePipeline
 from pipeline.graphs import CudaRecorder
@@ -25,6 +26,7 @@ from wan.modules.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 TEACACHE_FILE = "teacache.json"
+LATENT_STRIDE = 8  # pixels beside each other that a latent stands for
 
 
 def generator_options(config: Config) -> dict:
@@ -58,9 +60,10 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
 
 
 def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:
-    """Make a loaded transformer as fast as `linear_dtype` and `compile` say. What changes its weights comes before.
+    """Make a loaded transformer as fast as `linear_dtype`, `attention_backend` and `compile` say. What changes its
+    weights comes before.
 
-    Raises ValueError where the hardware or the model's dtype does not fit.
+    Raises ValueError where the hardware, the model's dtype or attention's error does not fit.
     """
     model = generator.model
     if config.linear_dtype == "bfloat16" and model.dtype != torch.bfloat16:
@@ -70,6 +73,16 @@ def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:
         logger.info("%d linear layers in float8, the others stay %s", quantise_linears(model), model.dtype)
         if not config.compiles:
             logger.warning("float8 pays where its rounding is compiled into what goes before; set compile=default")
+    window = config.model_kwargs.local_attn_size if config.causal else -1
+    num_frames = config.num_output_frames if window == -1 else min(window, config.num_output_frames)
+    choose_attention(
+        model,
+        config.attention_gate,
+        num_frames=num_frames,
+        num_block_frames=min(config.num_frame_per_block, num_frames) if config.causal else num_frames,
+        height=config.height // LATENT_STRIDE,
+        width=config.width // LATENT_STRIDE,
+    )
     if config.compiles:
         model.fuse_projections()
         model.compile_blocks()

@@ -278,7 +278,11 @@ class Config:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
-    attention_backend: Literal["auto", "flash", "sdpa"] = "auto"
+    # fastest: measured when inference starts; int8, float8 and int8_scores round, see docs/realtime.md
+    attention_backend: Literal[
+        "auto", "fastest", "sdpa", "cudnn", "flash", "flash2", "flash3", "flash4", "int8", "float8", "int8_scores"
+    ] = "auto"
+    attention_gate: float = 0.05  # relative error up to which inference takes what fastest measured, or what rounds
     compile: Literal["off", "default", "max"] = "off"  # default (or true): blocks; max: inference in CUDA graphs, too
     linear_dtype: Literal["auto", "bfloat16", "float8"] = "auto"  # of inference's linear layers; auto: as dtype
     vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as dtype
@@ -362,6 +366,8 @@ class Config:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         self._check_parallel()
+        if self.attention_gate <= 0:
+            raise ConfigError(f"attention_gate is {self.attention_gate}; it is a relative error above 0, e.g. 0.05")
         if self.teacache < 0 or (self.teacache and self.denoising_step_list is not None):
             raise ConfigError(f"teacache is {self.teacache}; it is 0 for few-step models and at least 0 for many steps")
         if not 0 <= self.pose_strength <= 2:

@@ -77,7 +77,8 @@ def test_variants_share_their_networks_and_are_compared_with_launches(tmp_path: 
     assert variants.main([*options, "--seconds", "0", "--settings", *settings]) == 0
     assert "max+fp8: left out, the time is over" in capsys.readouterr().out
     with pytest.raises(
-        SystemExit, match="variant 'max\\+fp4': no word 'fp4'; there are off, default, max, fp8, tiny, plainvae"
+        SystemExit,
+        match="variant 'max\\+fp4': no word 'fp4'; there are off, default, max, fp8, int8, fastest, tiny, plainvae",
     ):
         variants.main(["--variants", "max+fp4"])
 

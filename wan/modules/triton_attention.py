@@ -1,0 +1,320 @@
+"""Attention in 8 bits for GPUs, in Triton, which this file alone imports: wan.modules.attention_8bit says what it does.
+
+Three kernels, one after the other: offsets of keys and values, their rounding, and attention itself. Queries are
+rounded where they are read.
+
+Shapes: B batch, Lq queries, Lk keys, N heads, D head size, T = ceil(Lk / BLOCK_N) tiles of keys.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+NUM_SAMPLES = 256  # keys that the offsets are the mean of
+
+
+class Tile(NamedTuple):
+    """Queries and keys that one program looks at together, and how it is laid out on the GPU."""
+
+    queries: int = 128
+    keys: int = 128
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+LENGTHS = ["num_queries", "num_keys", "num_tiles"]  # one code for all of them
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _offsets(
+    k,
+    v,
+    offsets,  # [2, B * N, D] float32
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    num_keys,
+    num_heads,
+    D: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """Mean over SAMPLES keys spread over all of them."""
+    batch_head = tl.program_id(0)
+    batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
+    count = tl.minimum(num_keys, SAMPLES)
+    sample = tl.arange(0, SAMPLES)
+    token = ((sample * (num_keys // count)) % num_keys).to(tl.int64)
+    there, channel = (sample < count)[:, None], tl.arange(0, D)
+    key = tl.load(k + batch * k_batch + head * k_head + token[:, None] * k_token + channel, mask=there, other=0.0)
+    value = tl.load(v + batch * v_batch + head * v_head + token[:, None] * v_token + channel, mask=there, other=0.0)
+    tl.store(offsets + batch_head * D + channel, tl.sum(key.to(tl.float32), 0) / count)
+    values = offsets + tl.num_programs(0) * D
+    tl.store(values + batch_head * D + channel, tl.sum(value.to(tl.float32), 0) / count)
+
+
+@triton.jit
+def _round_tile(x, INT8: tl.constexpr):
+    """(rounded, scale) of a tile: its largest number becomes 127 in int8, 448 in e4m3."""
+    largest = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12)
+    if INT8:
+        return tl.floor(x * (127.0 / largest) + 0.5).to(tl.int8), largest / 127.0
+    return (x * (448.0 / largest)).to(tl.float8e4nv, fp_downcast_rounding="rtne"), largest / 448.0
+
+
+@triton.jit
+def _value_order(row):
+    """Which value stands in which row of a tile, so that weights are multiplied by the threads that computed them.
+
+    Of 16 neighbouring scores a thread has 2 and 2 more, 8 further on; of 16 factors in 8 bits it is to have 4 in a row:
+
+        score    0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15        thread  0 0 1 1 2 2 3 3 0 0 1 1 2 2 3 3
+        factor   0  1  8  9  2  3 10 11  4  5 12 13  6  7 14 15                0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3
+    """
+    return (row // 16) * 16 + (row // 2 % 2) * 8 + (row // 4 % 4) * 2 + row % 2
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _round_keys(
+    k,
+    v,
+    offsets,
+    k8,  # [B * N, T * BLOCK_N, D]
+    v8,  # [B * N, D, T * BLOCK_N]: the products of 8 bits want what they sum over to lie side by side
+    scales,  # [2, B * N, T] float32
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    num_keys,
+    num_heads,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INT8: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """One tile of keys, less their offset, and with VALUES of values; what lies behind the last key becomes 0."""
+    tile, batch_head, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
+    row, channel = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    token = (tile * BLOCK_N + row).to(tl.int64)
+    there = (token < num_keys)[:, None]
+    first = batch_head.to(tl.int64) * num_tiles + tile  # of all tiles
+
+    offset = tl.load(offsets + batch_head * D + channel)
+    key = tl.load(k + batch * k_batch + head * k_head + token[:, None] * k_token + channel, mask=there, other=0.0)
+    rounded, scale = _round_tile(tl.where(there, key.to(tl.float32) - offset, 0.0), INT8)
+    tl.store(k8 + first * BLOCK_N * D + row[:, None] * D + channel, rounded)
+    tl.store(scales + first, scale)
+    if VALUES:
+        token = (tile * BLOCK_N + _value_order(row)).to(tl.int64)
+        there = (token < num_keys)[:, None]
+        offset = tl.load(offsets + (tl.num_programs(1) + batch_head) * D + channel)
+        value = tl.load(v + batch * v_batch + head * v_head + token[:, None] * v_token + channel, mask=there, other=0.0)
+        rounded, scale = _round_tile(tl.where(there, value.to(tl.float32) - offset, 0.0), False)
+        length = num_tiles * BLOCK_N
+        v8 += batch_head.to(tl.int64) * D * length + tile * BLOCK_N
+        tl.store(v8 + channel[:, None] * length + row, tl.trans(rounded))
+        tl.store(scales + tl.num_programs(1) * num_tiles + first, scale)
+
+
+@triton.jit
+def _attend_tile(
+    acc,
+    total,
+    top,
+    query,
+    query_scale,
+    k8,
+    v,
+    k_scales,
+    v_scales,
+    v_token,
+    tile,
+    num_keys,
+    length,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INT8: tl.constexpr,
+    VALUES_8BIT: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """One tile of keys: (sum of weighted values, sum of weights, largest score so far), scores in powers of 2."""
+    row, channel = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    first = tile * BLOCK_N
+    key = tl.load(k8 + first * D + row * D + channel[:, None])
+    score = tl.dot(query, key)
+    shift = 0.0
+    if INT8:
+        # Below 2^22 an integer is the mantissa of 3 * 2^22 + itself: an addition, where a conversion takes longer. The
+        # shift is taken off again with the largest score.
+        shift = 12582912.0
+        score = (score + 0x4B400000).to(tl.float32, bitcast=True)
+    if LAST:
+        score = tl.where(first + row < num_keys, score, float("-inf"))
+    scale = query_scale * tl.load(k_scales + tile)
+    new_top = tl.maximum(top, (tl.max(score, 1) - shift) * scale)
+    rescale = tl.exp2(top - new_top)
+    base = new_top + shift * scale
+    if VALUES_8BIT:
+        # Weights up to 2^8.8 = 446, to use what e4m3 can hold; its largest number is 448.
+        weight = tl.exp2(score * scale[:, None] - (base - 8.8)[:, None])
+        value = tl.load(v + first + channel * length + row[:, None])
+        # A sum of its own for each tile: that of the tensor cores keeps 14 bits, too few for thousands of keys.
+        weight8 = tl.reshape(weight.to(tl.float8e4nv, fp_downcast_rounding="rtne"), [BLOCK_M, BLOCK_N // 16, 2, 4, 2])
+        weight8 = tl.reshape(tl.permute(weight8, [0, 1, 3, 2, 4]), [BLOCK_M, BLOCK_N])  # see _value_order
+        found = tl.dot(weight8, value)
+        acc = acc * rescale[:, None] + found * tl.load(v_scales + tile)
+    else:
+        weight = tl.exp2(score * scale[:, None] - base[:, None])
+        values = v + first.to(tl.int64) * v_token + row[:, None] * v_token + channel
+        if LAST:  # memory behind the last key may hold anything, and 0 times NaN is NaN
+            value = tl.load(values, mask=(first + row < num_keys)[:, None], other=0.0)
+        else:
+            value = tl.load(values)
+        acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None])
+    return acc, total * rescale + tl.sum(weight, 1), new_top
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attend(
+    q,
+    k8,
+    v,  # [B * N, D, T * BLOCK_N] in e4m3, or the values as they are
+    scales,
+    offsets,
+    out,
+    q_batch,
+    q_token,
+    q_head,
+    v_batch,
+    v_token,
+    v_head,
+    out_batch,
+    out_token,
+    out_head,
+    num_queries,
+    num_keys,
+    num_heads,
+    num_tiles,
+    score_scale,  # log2(e) / sqrt(D)
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INT8: tl.constexpr,
+    VALUES_8BIT: tl.constexpr,
+):
+    batch_head, num_batch_heads = tl.program_id(1), tl.num_programs(1)
+    batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
+    token, channel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    there = (token < num_queries)[:, None]
+    length = num_tiles * BLOCK_N
+
+    queries = q + batch * q_batch + head * q_head + token.to(tl.int64)[:, None] * q_token + channel
+    query = tl.load(queries, mask=there, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(query), 1), 1e-12)
+    if INT8:
+        query = tl.floor(query * (127.0 / largest)[:, None] + 0.5).to(tl.int8)
+        query_scale = largest * (score_scale / 127.0)
+    else:
+        query = (query * (448.0 / largest)[:, None]).to(tl.float8e4nv, fp_downcast_rounding="rtne")
+        query_scale = largest * (score_scale / 448.0)
+
+    k8 += batch_head.to(tl.int64) * length * D
+    k_scales = scales + batch_head * num_tiles
+    v_scales = scales + (num_batch_heads + batch_head) * num_tiles
+    if VALUES_8BIT:
+        v += batch_head.to(tl.int64) * D * length
+    else:
+        v += batch * v_batch + head * v_head
+
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for tile in range(num_tiles - 1):
+        acc, total, top = _attend_tile(
+            acc, total, top, query, query_scale, k8, v, k_scales, v_scales, v_token, tile, num_keys, length,
+            D, BLOCK_M, BLOCK_N, INT8, VALUES_8BIT, False,
+        )  # fmt: skip
+    acc, total, top = _attend_tile(
+        acc, total, top, query, query_scale, k8, v, k_scales, v_scales, v_token, num_tiles - 1, num_keys, length,
+        D, BLOCK_M, BLOCK_N, INT8, VALUES_8BIT, True,
+    )  # fmt: skip
+    acc = acc / total[:, None]
+    if VALUES_8BIT:
+        acc += tl.load(offsets + (num_batch_heads + batch_head) * D + channel)
+    outs = out + batch * out_batch + head * out_head + token.to(tl.int64)[:, None] * out_token + channel
+    tl.store(outs, acc.to(out.dtype.element_ty), mask=there)
+
+
+class RoundedKeys(NamedTuple):
+    """Keys and values in 8 bits, with what gives their numbers back."""
+
+    keys: Tensor  # [B * N, T * BLOCK_N, D] int8 or e4m3
+    values: Tensor  # [B * N, D, T * BLOCK_N] e4m3; empty where values stay as they are
+    scales: Tensor  # [2, B * N, T] float32, of keys and of values
+    offsets: Tensor  # [2, B * N, D] float32, taken off before rounding
+
+
+def round_keys(k: Tensor, v: Tensor, *, int8_scores: bool, values_8bit: bool, tile: Tile) -> RoundedKeys:
+    """k, v [B, Lk, N, D] with channels side by side and any other strides."""
+    batch_size, num_keys, num_heads, head_dim = k.shape
+    rows, num_tiles = batch_size * num_heads, triton.cdiv(num_keys, tile.keys)
+    length = num_tiles * tile.keys
+    offsets = k.new_empty(2, rows, head_dim, dtype=torch.float32)
+    k8 = k.new_empty(rows, length, head_dim, dtype=torch.int8 if int8_scores else torch.float8_e4m3fn)
+    v8 = k.new_empty((rows, head_dim, length) if values_8bit else (0,), dtype=torch.float8_e4m3fn)
+    scales = k.new_empty(2, rows, num_tiles, dtype=torch.float32)
+    sizes = (*k.stride()[:3], *v.stride()[:3], num_keys, num_heads)
+    _offsets[(rows,)](k, v, offsets, *sizes, D=head_dim, SAMPLES=NUM_SAMPLES, num_warps=8)
+    options = {"BLOCK_N": tile.keys, "INT8": int8_scores, "VALUES": values_8bit, "num_warps": 8}
+    _round_keys[(num_tiles, rows)](k, v, offsets, k8, v8, scales, *sizes, D=head_dim, **options)
+    return RoundedKeys(k8, v8, scales, offsets)
+
+
+def attend(q: Tensor, v: Tensor, rounded: RoundedKeys, *, int8_scores: bool, values_8bit: bool, tile: Tile) -> Tensor:
+    """q [B, Lq, N, D], v [B, Lk, N, D], and the keys (and values) of `round_keys` with the same choices."""
+    batch_size, num_queries, num_heads, head_dim = q.shape
+    num_keys, num_tiles = v.shape[1], rounded.scales.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _attend[(triton.cdiv(num_queries, tile.queries), batch_size * num_heads)](
+        q,
+        rounded.keys,
+        rounded.values if values_8bit else v,
+        rounded.scales,
+        rounded.offsets,
+        out,
+        *q.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        num_queries,
+        num_keys,
+        num_heads,
+        num_tiles,
+        LOG2_E / head_dim**0.5,
+        D=head_dim,
+        BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys,
+        INT8=int8_scores,
+        VALUES_8BIT=values_8bit,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, int8_scores: bool, values_8bit: bool, tile: Tile | None = None
+) -> Tensor:
+    """wan.modules.attention_8bit.attention_8bit on a GPU; the last stride of each is 1."""
+    options = {"int8_scores": int8_scores, "values_8bit": values_8bit, "tile": tile or Tile()}
+    return attend(q, v, round_keys(k, v, **options), **options)
