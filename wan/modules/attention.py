@@ -39,23 +39,27 @@ def _compiled_flex_attention() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=len(FLASH))
+# Dictionaries, into which torch.compile sees: it would trace through a cached function to the import.
+_flash_kernels: dict[str, Callable | None] = {}
+_flash_releases: dict[torch.device, str | None] = {}
+
+
 def _flash_kernel(release: str) -> Callable | None:
     """That of one of flash-attn's releases, all of which are optional."""
-    module, _ = FLASH[release]
-    if find_spec(module.split(".")[0]) is None or find_spec(module) is None:
-        return None
-    return import_module(module).flash_attn_func
+    if release not in _flash_kernels:
+        module, _ = FLASH[release]
+        there = find_spec(module.split(".")[0]) is not None and find_spec(module) is not None
+        _flash_kernels[release] = import_module(module).flash_attn_func if there else None
+    return _flash_kernels[release]
 
 
-@lru_cache(maxsize=8)
 def _flash_release(device: torch.device) -> str | None:
     """The one to take on a device."""
-    installed = [release for release in FLASH if _flash_kernel(release)]
-    if not installed or device.type != "cuda":
-        return None
-    major, _ = torch.cuda.get_device_capability(device)
-    return next((release for release in installed if major in FLASH[release][1]), None)
+    if device not in _flash_releases:
+        installed = [release for release in FLASH if _flash_kernel(release)]
+        major = torch.cuda.get_device_capability(device)[0] if installed and device.type == "cuda" else None
+        _flash_releases[device] = next((release for release in installed if major in FLASH[release][1]), None)
+    return _flash_releases[device]
 
 
 @lru_cache(maxsize=8)

@@ -64,8 +64,10 @@ def _round_tile(x, INT8: tl.constexpr):
     """(rounded, scale) of a tile: its largest number becomes 127 in int8, 448 in e4m3."""
     largest = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12)
     if INT8:
-        return tl.floor(x * (127.0 / largest) + 0.5).to(tl.int8), largest / 127.0
-    return (x * (448.0 / largest)).to(tl.float8e4nv, fp_downcast_rounding="rtne"), largest / 448.0
+        rounded, scale = tl.floor(x * (127.0 / largest) + 0.5).to(tl.int8), largest / 127.0
+    else:
+        rounded, scale = (x * (448.0 / largest)).to(tl.float8e4nv, fp_downcast_rounding="rtne"), largest / 448.0
+    return rounded, scale
 
 
 @triton.jit

@@ -81,3 +81,19 @@ def test_a_models_backend_reaches_its_self_attention():
         with torch.no_grad():
             flows.append(model(x, torch.full((1, 2), 500.0), context, kv_cache=model.make_kv_cache(1, 4, 4, 2)))
     assert torch.equal(*flows)
+
+
+def test_releases_of_flash_attn_have_names_and_an_order(monkeypatch):
+    """Two are there: one returns what it sees, the other the log-sum-exp besides."""
+    kernels = {"flash3": None, "flash4": lambda q, k, v: (q + 4, None), "flash2": lambda q, k, v: q + 2}
+    monkeypatch.setattr(module, "_flash_kernels", kernels)
+    monkeypatch.setattr(module, "_flash_releases", {})
+    q, k, v = draw()
+    assert torch.equal(module.attention(q, k, v, "flash2"), q + 2)
+    assert torch.equal(module.attention(q, k, v, "flash4"), q + 4)
+    with pytest.raises(ImportError, match="'flash3' needs flash-attn: build flash-attn's hopper folder; or use"):
+        check_backend("flash3")
+    for major, release in ((7, None), (8, "flash2"), (9, "flash4")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert module._flash_release(torch.device("cuda", major)) == release
+    assert not torch.equal(module.attention(q, k, v), q + 2)  # not on a CPU
