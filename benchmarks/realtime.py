@@ -20,6 +20,7 @@ Speed does not depend on weights: --random_weights needs none on disk and leaves
 
 import argparse
 import json
+import logging
 import queue
 import resource
 import sys
@@ -337,6 +338,7 @@ def describe_config(config: Config) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     path = PRESETS / f"{arguments.preset}.yaml"
     config = load_config(path if path.is_file() else arguments.preset, arguments.overrides)

@@ -24,6 +24,7 @@ every variant, so that a run which is cut off leaves what it has.
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -192,6 +193,7 @@ class Variants:
             blocks: list[tuple[Tensor, Tensor]] = []
             result |= stand.measure(blocks) | {"peak_gb": peak_bytes(device) / 1e9}
             result["kv_cache_gb"] = stand.pipeline.kv_cache_pos.num_bytes / 1e9
+            result["attention"] = stand.pipeline.generator.model.attention_backend
             latents, pixels = (torch.cat(parts, dim=1).cpu() for parts in zip(*blocks, strict=True))
         result["error"] = errors(latents, pixels, *reference)
         return {"settings": {"variant": variant, **describe_config(config)}, **result}
@@ -221,6 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)  # what attention was measured to be, for one
     arguments = parse_arguments(argv)
     for variant in arguments.variants:
         settings_of(variant)

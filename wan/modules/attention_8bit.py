@@ -5,7 +5,7 @@ weights sum to 1, so one that is taken off all values is added to the result aga
 
     s[m, n] = q8[m] . k8[n] * scale_q[m] * scale_k[tile of n]        a scale per query, and per tile of keys
     p[m, n] = exp(s[m, n] - max over n)                              rounded too, where values are
-    y[m]    = sum_n p8[m, n] * v8[n] * scale_v[tile of n] / sum_n p[m, n] + mean of v
+    y[m]    = deviation_v * sum_n p8[m, n] * v8[n] / sum_n p[m, n] + mean_v        both per channel
 
 Of normally distributed numbers a result is 3.8 % off in "int8", 5.3 % in "float8" and 1.1 % in "int8_scores".
 """
@@ -97,18 +97,20 @@ def _round(x: Tensor, largest: Tensor, int8: bool) -> tuple[Tensor, Tensor]:
 def emulated(q: Tensor, k: Tensor, v: Tensor, rounding: Rounding, tile: int = 128) -> Tensor:
     """attention_8bit in float32, anywhere, with all scores in memory; tile: keys that share a scale."""
     query, key, value = (x.float().transpose(1, 2) for x in (q, k, v))
-    offset = value.mean(2, keepdim=True)
     query, query_scale = _round(query, query.abs().amax(-1, keepdim=True), rounding.int8_scores)
     tiles = (key - key.mean(2, keepdim=True)).split(tile, dim=2)
     tiles = [_round(x, x.abs().amax((2, 3), keepdim=True), rounding.int8_scores) for x in tiles]
-    key = torch.cat([x * scale for x, scale in tiles], dim=2)
-    scores = (query @ key.transpose(2, 3)) * query_scale / q.shape[-1] ** 0.5
+    scores = query @ torch.cat([x * scale for x, scale in tiles], dim=2).transpose(2, 3)
+    scores = scores * query_scale / q.shape[-1] ** 0.5
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     total = weights.sum(-1, keepdim=True)
     if rounding.values_8bit:
+        mean, deviation = value.mean(2, keepdim=True), value.std(2, correction=0, keepdim=True)
+        least = deviation.mean(-1, keepdim=True) * 0.1  # a channel that hardly moves
+        deviation = deviation.maximum(torch.where(least > 0, least, 1.0))
+        value = ((value - mean) / deviation).clamp(-LARGEST, LARGEST).to(FLOAT8).float()
         weights = (weights * LARGEST_WEIGHT).to(FLOAT8).float() / LARGEST_WEIGHT
-        tiles = [_round(x, x.abs().amax((2, 3), keepdim=True), False) for x in (value - offset).split(tile, dim=2)]
-        out = weights @ torch.cat([x * scale for x, scale in tiles], dim=2) / total + offset
+        out = weights @ value / total * deviation + mean
     else:
         out = weights @ value / total
     return out.transpose(1, 2).to(q.dtype)

@@ -1,7 +1,7 @@
 """Attention in 8 bits for GPUs, in Triton, which this file alone imports: wan.modules.attention_8bit says what it does.
 
-Three kernels, one after the other: offsets of keys and values, their rounding, and attention itself. Queries are
-rounded where they are read.
+Three kernels, one after the other: mean and deviation of keys and values, their rounding, and attention itself.
+Queries are rounded where they are read.
 
 Shapes: B batch, Lq queries, Lk keys, N heads, D head size, T = ceil(Lk / BLOCK_N) tiles of keys.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-NUM_SAMPLES = 256  # keys that the offsets are the mean of
+NUM_SAMPLES = 256  # keys that means and deviations are of
 
 
 class Tile(NamedTuple):
@@ -30,10 +30,10 @@ LENGTHS = ["num_queries", "num_keys", "num_tiles"]  # one code for all of them
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _offsets(
+def _statistics(
     k,
     v,
-    offsets,  # [2, B * N, D] float32
+    statistics,  # [3, B * N, D] float32: mean of keys, mean and deviation of values
     k_batch,
     k_token,
     k_head,
@@ -45,8 +45,8 @@ def _offsets(
     D: tl.constexpr,
     SAMPLES: tl.constexpr,
 ):
-    """Mean over SAMPLES keys spread over all of them."""
-    batch_head = tl.program_id(0)
+    """Over SAMPLES keys spread over all of them."""
+    batch_head, rows = tl.program_id(0), tl.num_programs(0)
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
     count = tl.minimum(num_keys, SAMPLES)
     sample = tl.arange(0, SAMPLES)
@@ -54,20 +54,16 @@ def _offsets(
     there, channel = (sample < count)[:, None], tl.arange(0, D)
     key = tl.load(k + batch * k_batch + head * k_head + token[:, None] * k_token + channel, mask=there, other=0.0)
     value = tl.load(v + batch * v_batch + head * v_head + token[:, None] * v_token + channel, mask=there, other=0.0)
-    tl.store(offsets + batch_head * D + channel, tl.sum(key.to(tl.float32), 0) / count)
-    values = offsets + tl.num_programs(0) * D
-    tl.store(values + batch_head * D + channel, tl.sum(value.to(tl.float32), 0) / count)
-
-
-@triton.jit
-def _round_tile(x, INT8: tl.constexpr):
-    """(rounded, scale) of a tile: its largest number becomes 127 in int8, 448 in e4m3."""
-    largest = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-12)
-    if INT8:
-        rounded, scale = tl.floor(x * (127.0 / largest) + 0.5).to(tl.int8), largest / 127.0
-    else:
-        rounded, scale = (x * (448.0 / largest)).to(tl.float8e4nv, fp_downcast_rounding="rtne"), largest / 448.0
-    return rounded, scale
+    value = value.to(tl.float32)
+    mean = tl.sum(value, 0) / count
+    away = tl.where(there, value - mean, 0.0)
+    deviation = tl.sqrt(tl.sum(away * away, 0) / count)
+    # A channel that hardly moves among the samples may elsewhere.
+    least = tl.sum(deviation, 0) / D * 0.1
+    deviation = tl.maximum(deviation, tl.where(least > 0, least, 1.0))
+    tl.store(statistics + batch_head * D + channel, tl.sum(key.to(tl.float32), 0) / count)
+    tl.store(statistics + (rows + batch_head) * D + channel, mean)
+    tl.store(statistics + (2 * rows + batch_head) * D + channel, deviation)
 
 
 @triton.jit
@@ -86,10 +82,10 @@ def _value_order(row):
 def _round_keys(
     k,
     v,
-    offsets,
+    statistics,
     k8,  # [B * N, T * BLOCK_N, D]
     v8,  # [B * N, D, T * BLOCK_N]: the products of 8 bits want what they sum over to lie side by side
-    scales,  # [2, B * N, T] float32
+    scales,  # [B * N, T] float32
     k_batch,
     k_token,
     k_head,
@@ -103,29 +99,39 @@ def _round_keys(
     INT8: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """One tile of keys, less their offset, and with VALUES of values; what lies behind the last key becomes 0."""
-    tile, batch_head, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    """One tile of keys, and with VALUES of values; what lies behind the last key becomes 0.
+
+    The largest number of a tile of keys is 127 in int8, 448 in e4m3. Values have their deviation for a unit, which leaves
+    those 448 times as large within e4m3, and those 100 times as small with all of its bits.
+    """
+    tile, batch_head, num_tiles, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
     row, channel = tl.arange(0, BLOCK_N), tl.arange(0, D)
     token = (tile * BLOCK_N + row).to(tl.int64)
     there = (token < num_keys)[:, None]
     first = batch_head.to(tl.int64) * num_tiles + tile  # of all tiles
 
-    offset = tl.load(offsets + batch_head * D + channel)
+    mean = tl.load(statistics + batch_head * D + channel)
     key = tl.load(k + batch * k_batch + head * k_head + token[:, None] * k_token + channel, mask=there, other=0.0)
-    rounded, scale = _round_tile(tl.where(there, key.to(tl.float32) - offset, 0.0), INT8)
+    key = tl.where(there, key.to(tl.float32) - mean, 0.0)
+    largest = tl.maximum(tl.max(tl.max(tl.abs(key), 1), 0), 1e-12)
+    if INT8:
+        rounded, scale = tl.floor(key * (127.0 / largest) + 0.5).to(tl.int8), largest / 127.0
+    else:
+        rounded, scale = (key * (448.0 / largest)).to(tl.float8e4nv, fp_downcast_rounding="rtne"), largest / 448.0
     tl.store(k8 + first * BLOCK_N * D + row[:, None] * D + channel, rounded)
     tl.store(scales + first, scale)
     if VALUES:
         token = (tile * BLOCK_N + _value_order(row)).to(tl.int64)
         there = (token < num_keys)[:, None]
-        offset = tl.load(offsets + (tl.num_programs(1) + batch_head) * D + channel)
+        mean = tl.load(statistics + (rows + batch_head) * D + channel)
+        deviation = tl.load(statistics + (2 * rows + batch_head) * D + channel)
         value = tl.load(v + batch * v_batch + head * v_head + token[:, None] * v_token + channel, mask=there, other=0.0)
-        rounded, scale = _round_tile(tl.where(there, value.to(tl.float32) - offset, 0.0), False)
+        value = tl.where(there, (value.to(tl.float32) - mean) / deviation, 0.0)
         length = num_tiles * BLOCK_N
         v8 += batch_head.to(tl.int64) * D * length + tile * BLOCK_N
-        tl.store(v8 + channel[:, None] * length + row, tl.trans(rounded))
-        tl.store(scales + tl.num_programs(1) * num_tiles + first, scale)
+        rounded = tl.trans(value.to(tl.float8e4nv, fp_downcast_rounding="rtne"))
+        tl.store(v8 + channel[:, None] * length + row, rounded)
 
 
 @triton.jit
@@ -137,8 +143,7 @@ def _attend_tile(
     query_scale,
     k8,
     v,
-    k_scales,
-    v_scales,
+    scales,
     v_token,
     tile,
     num_keys,
@@ -163,7 +168,7 @@ def _attend_tile(
         score = (score + 0x4B400000).to(tl.float32, bitcast=True)
     if LAST:
         score = tl.where(first + row < num_keys, score, float("-inf"))
-    scale = query_scale * tl.load(k_scales + tile)
+    scale = query_scale * tl.load(scales + tile)
     new_top = tl.maximum(top, (tl.max(score, 1) - shift) * scale)
     rescale = tl.exp2(top - new_top)
     base = new_top + shift * scale
@@ -174,8 +179,7 @@ def _attend_tile(
         # A sum of its own for each tile: that of the tensor cores keeps 14 bits, too few for thousands of keys.
         weight8 = tl.reshape(weight.to(tl.float8e4nv, fp_downcast_rounding="rtne"), [BLOCK_M, BLOCK_N // 16, 2, 4, 2])
         weight8 = tl.reshape(tl.permute(weight8, [0, 1, 3, 2, 4]), [BLOCK_M, BLOCK_N])  # see _value_order
-        found = tl.dot(weight8, value)
-        acc = acc * rescale[:, None] + found * tl.load(v_scales + tile)
+        acc = acc * rescale[:, None] + tl.dot(weight8, value)
     else:
         weight = tl.exp2(score * scale[:, None] - base[:, None])
         values = v + first.to(tl.int64) * v_token + row[:, None] * v_token + channel
@@ -193,7 +197,7 @@ def _attend(
     k8,
     v,  # [B * N, D, T * BLOCK_N] in e4m3, or the values as they are
     scales,
-    offsets,
+    statistics,
     out,
     q_batch,
     q_token,
@@ -215,7 +219,7 @@ def _attend(
     INT8: tl.constexpr,
     VALUES_8BIT: tl.constexpr,
 ):
-    batch_head, num_batch_heads = tl.program_id(1), tl.num_programs(1)
+    batch_head, rows = tl.program_id(1), tl.num_programs(1)
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
     token, channel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     there = (token < num_queries)[:, None]
@@ -232,8 +236,7 @@ def _attend(
         query_scale = largest * (score_scale / 448.0)
 
     k8 += batch_head.to(tl.int64) * length * D
-    k_scales = scales + batch_head * num_tiles
-    v_scales = scales + (num_batch_heads + batch_head) * num_tiles
+    scales += batch_head * num_tiles
     if VALUES_8BIT:
         v += batch_head.to(tl.int64) * D * length
     else:
@@ -244,16 +247,17 @@ def _attend(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for tile in range(num_tiles - 1):
         acc, total, top = _attend_tile(
-            acc, total, top, query, query_scale, k8, v, k_scales, v_scales, v_token, tile, num_keys, length,
+            acc, total, top, query, query_scale, k8, v, scales, v_token, tile, num_keys, length,
             D, BLOCK_M, BLOCK_N, INT8, VALUES_8BIT, False,
         )  # fmt: skip
     acc, total, top = _attend_tile(
-        acc, total, top, query, query_scale, k8, v, k_scales, v_scales, v_token, num_tiles - 1, num_keys, length,
+        acc, total, top, query, query_scale, k8, v, scales, v_token, num_tiles - 1, num_keys, length,
         D, BLOCK_M, BLOCK_N, INT8, VALUES_8BIT, True,
     )  # fmt: skip
     acc = acc / total[:, None]
     if VALUES_8BIT:
-        acc += tl.load(offsets + (num_batch_heads + batch_head) * D + channel)
+        mean = tl.load(statistics + (rows + batch_head) * D + channel)
+        acc = acc * tl.load(statistics + (2 * rows + batch_head) * D + channel) + mean
     outs = out + batch * out_batch + head * out_head + token.to(tl.int64)[:, None] * out_token + channel
     tl.store(outs, acc.to(out.dtype.element_ty), mask=there)
 
@@ -263,8 +267,8 @@ class RoundedKeys(NamedTuple):
 
     keys: Tensor  # [B * N, T * BLOCK_N, D] int8 or e4m3
     values: Tensor  # [B * N, D, T * BLOCK_N] e4m3; empty where values stay as they are
-    scales: Tensor  # [2, B * N, T] float32, of keys and of values
-    offsets: Tensor  # [2, B * N, D] float32, taken off before rounding
+    scales: Tensor  # [B * N, T] float32, of tiles of keys
+    statistics: Tensor  # [3, B * N, D] float32: mean of keys, mean and deviation of values
 
 
 def round_keys(k: Tensor, v: Tensor, *, int8_scores: bool, values_8bit: bool, tile: Tile) -> RoundedKeys:
@@ -272,28 +276,28 @@ def round_keys(k: Tensor, v: Tensor, *, int8_scores: bool, values_8bit: bool, ti
     batch_size, num_keys, num_heads, head_dim = k.shape
     rows, num_tiles = batch_size * num_heads, triton.cdiv(num_keys, tile.keys)
     length = num_tiles * tile.keys
-    offsets = k.new_empty(2, rows, head_dim, dtype=torch.float32)
+    statistics = k.new_empty(3, rows, head_dim, dtype=torch.float32)
     k8 = k.new_empty(rows, length, head_dim, dtype=torch.int8 if int8_scores else torch.float8_e4m3fn)
-    v8 = k.new_empty((rows, head_dim, length) if values_8bit else (0,), dtype=torch.float8_e4m3fn)
-    scales = k.new_empty(2, rows, num_tiles, dtype=torch.float32)
+    v8 = k.new_empty(rows, head_dim, length, dtype=torch.float8_e4m3fn) if values_8bit else k8.new_empty(0)
+    scales = k.new_empty(rows, num_tiles, dtype=torch.float32)
     sizes = (*k.stride()[:3], *v.stride()[:3], num_keys, num_heads)
-    _offsets[(rows,)](k, v, offsets, *sizes, D=head_dim, SAMPLES=NUM_SAMPLES, num_warps=8)
+    _statistics[(rows,)](k, v, statistics, *sizes, D=head_dim, SAMPLES=NUM_SAMPLES, num_warps=8)
     options = {"BLOCK_N": tile.keys, "INT8": int8_scores, "VALUES": values_8bit, "num_warps": 8}
-    _round_keys[(num_tiles, rows)](k, v, offsets, k8, v8, scales, *sizes, D=head_dim, **options)
-    return RoundedKeys(k8, v8, scales, offsets)
+    _round_keys[(num_tiles, rows)](k, v, statistics, k8, v8, scales, *sizes, D=head_dim, **options)
+    return RoundedKeys(k8, v8, scales, statistics)
 
 
 def attend(q: Tensor, v: Tensor, rounded: RoundedKeys, *, int8_scores: bool, values_8bit: bool, tile: Tile) -> Tensor:
     """q [B, Lq, N, D], v [B, Lk, N, D], and the keys (and values) of `round_keys` with the same choices."""
     batch_size, num_queries, num_heads, head_dim = q.shape
-    num_keys, num_tiles = v.shape[1], rounded.scales.shape[2]
+    num_keys, num_tiles = v.shape[1], rounded.scales.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _attend[(triton.cdiv(num_queries, tile.queries), batch_size * num_heads)](
         q,
         rounded.keys,
         rounded.values if values_8bit else v,
         rounded.scales,
-        rounded.offsets,
+        rounded.statistics,
         out,
         *q.stride()[:3],
         *v.stride()[:3],
