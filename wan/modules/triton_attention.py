@@ -101,8 +101,8 @@ def _round_keys(
 ):
     """One tile of keys, and with VALUES of values; what lies behind the last key becomes 0.
 
-    The largest number of a tile of keys is 127 in int8, 448 in e4m3. Values have their deviation for a unit, which leaves
-    those 448 times as large within e4m3, and those 100 times as small with all of its bits.
+    The largest number of a tile of keys is 127 in int8, 448 in e4m3. Values have their deviation for a unit: those 448
+    times as large are still within e4m3, and those 60 times as small have all of its bits.
     """
     tile, batch_head, num_tiles, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
