@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -83,7 +84,9 @@ def figures(function: Callable[[], Tensor], tensors: tuple[Tensor, ...], expecte
     return {"ms": ms, "tflops": work / ms / 1e9, "error": relative_error(spread(function()), expected)}
 
 
-def line(result: dict[str, float]) -> str:
+def line(result: dict[str, float] | str) -> str:
+    if isinstance(result, str) or "error" not in result:
+        return result if isinstance(result, str) else f"{result['ms']:8.3f} ms"
     return f"{result['ms']:8.3f} ms {result['tflops']:7.0f} TFLOP/s  error {result['error']:.2e}"
 
 
@@ -96,17 +99,20 @@ def rounding_alone(backend: str, tensors: tuple[Tensor, ...]) -> float:
     return milliseconds(lambda: round_keys(k, v, int8_scores=scores, values_8bit=values, tile=Tile()), k.device)
 
 
-def tiles_of(backend: str, tensors: tuple[Tensor, ...], expected: Tensor, report: Callable[..., None]) -> None:
-    """Time of one 8-bit backend with every tile; those that do not compile are told."""
-    from wan.modules import triton_attention
+def with_tile(backend: str, tile: Sequence[int], tensors: tuple[Tensor, ...], expected: Tensor) -> dict | str:
+    """Figures of one 8-bit backend with another tile, or why there are none."""
+    from wan.modules.triton_attention import Tile
+    from wan.modules.triton_attention import attention as rounded_attention
 
-    for numbers in TILES:
-        options = (*ROUNDINGS[backend][:2], triton_attention.Tile(*numbers))
-        name = f"{backend} tile {'x'.join(map(str, numbers))}"
-        try:
-            report(name, figures(lambda o=options: triton_attention.attention(*tensors, *o), tensors, expected))
-        except Exception as error:  # shared memory or registers of this GPU: the other tiles are still worth a look
-            report(name, f"{type(error).__name__}: {str(error).splitlines()[0]:.120}")
+    scores, values, _ = ROUNDINGS[backend]
+    try:
+        return figures(lambda: rounded_attention(*tensors, scores, values, Tile(*tile)), tensors, expected)
+    except Exception as error:  # shared memory or registers of this GPU: the other tiles are still worth a look
+        return told(error)
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -116,7 +122,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--no_tiles", action="store_true", help="only the default tile of 8-bit kernels")
-    parser.add_argument("--seconds", type=float, default=50, help="nothing new begins after so many")
+    parser.add_argument("--seconds", type=float, default=45, help="nothing new begins after so many")
     parser.add_argument("--json", type=Path, help="write the figures here, anew after every one")
     return parser.parse_args(argv)
 
@@ -131,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def report(shape: str, name: str, result: dict[str, float] | str) -> None:
         results["shapes"].setdefault(shape, {})[name] = result
-        told = result if isinstance(result, str) else line(result) if "error" in result else f"{result['ms']:8.3f} ms"
-        print(f"{shape:>12} {name:<28} {told}  [{time.perf_counter() - began:.0f} s]", flush=True)
+        print(f"{shape:>12} {name:<28} {line(result)}  [{time.perf_counter() - began:.0f} s]", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 report(shape, backend, figures(lambda b=backend, t=tensors: attention(*t, b), tensors, expected))
             except Exception as error:  # the other backends are still worth the GPU's time
-                report(shape, backend, f"{type(error).__name__}: {str(error).splitlines()[0]:.120}")
+                report(shape, backend, told(error))
                 continue
             if backend in ROUNDINGS and device.type == "cuda":
                 report(shape, f"{backend}, rounding alone", {"ms": rounding_alone(backend, tensors)})
@@ -158,11 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = "4680x18720"
         tensors = make_inputs(4680, 18720, arguments.heads, arguments.head_dim, device)
         expected = exact(*tensors)
-        for backend in (name for name in backends if name in ROUNDINGS):
+        for backend, tile in product((name for name in backends if name in ROUNDINGS), TILES):
+            name = f"{backend} tile {'x'.join(map(str, tile))}"
             if is_over():
-                print(f"tiles of {backend}: left out, the time is over", flush=True)
-                continue
-            tiles_of(backend, tensors, expected, lambda *found: report(shape, *found))
+                print(f"{name}: left out, the time is over", flush=True)
+            else:
+                report(shape, name, with_tile(backend, tile, tensors, expected))
     return 0
 
 

@@ -132,7 +132,9 @@ def choose(candidates: Sequence[str], samples: dict[str, QueriesKeysValues], gat
         except Exception as error:  # kernels have errors of their own for shapes and devices: here it is not for us
             if insisted:
                 raise
-            notes.append(f"{backend} does not run here ({type(error).__name__}: {str(error).splitlines()[0]:.100})")
+            notes.append(
+                f"{backend} does not run here ({type(error).__name__}: {str(error).partition(chr(10))[0]:.100})"
+            )
             continue
         where = max(found.errors, key=found.errors.get)
         note = f"{backend} {found.seconds * 1e3:.3g} ms, {found.error:.2%} off ({where})"

@@ -210,6 +210,21 @@ def test_cuda_graphs_compute_what_launches_do(walk: dict):
 
 
 @pytest.mark.gpu
+def test_attention_in_8_bits_is_replayed():
+    """From the third block on there are keys enough for it: 2,304 and 3,072."""
+    options = {"text_prompts": ["a"], "seeds": [1], "num_frames": 12, "height": 256, "width": 256}
+    pipeline, found = gpu_pipeline(torch.bfloat16), {}
+    for backend in ("auto", "int8"):
+        pipeline.generator.model.attention_backend = backend
+        found[backend] = pipeline.inference(**options, return_latents=True)[1]
+    assert torch.equal(found["int8"][:, :6], found["auto"][:, :6])
+    assert 0 < relative(found["int8"], found["auto"]) < 0.02
+    pipeline.record_passes(CudaRecorder(pipeline.device))
+    for _ in range(3):
+        assert relative(pipeline.inference(**options, return_latents=True)[1], found["int8"]) < 1e-3
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("walk", WALKS, ids=["whole past", "window and sink"])
 @pytest.mark.parametrize(("linear_dtype", "share"), [("auto", 2.0), ("float8", 10.0)])
 def test_max_is_off_within_the_error_of_bfloat16(walk: dict, linear_dtype: str, share: float):

@@ -10,6 +10,7 @@ weights sum to 1, so one that is taken off all values is added to the result aga
 Of normally distributed numbers a result is 3.8 % off in "int8", 5.3 % in "float8" and 1.1 % in "int8_scores".
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from .float8 import FLOAT8, LARGEST
 
 MIN_KEYS = 2048  # below, rounding costs more than it saves: a prompt's 512 keys are exact
 HEAD_DIMS = (64, 128)
-LARGEST_WEIGHT = 2.0**8.8  # a weight of 1, before rounding: e4m3 holds up to 448
 
 
 class Rounding(NamedTuple):
@@ -41,14 +41,11 @@ def check_8bit(backend: str, device: torch.device) -> None:
     """Raise ValueError where there is no kernel for it: it wants a GPU and Triton."""
     what = "this is a CPU"
     if device.type == "cuda":
-        from torch.utils._triton import has_triton_package
-
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= ROUNDINGS[backend].min_capability and has_triton_package():
+        capability, has_triton = torch.cuda.get_device_capability(device), find_spec("triton") is not None
+        if capability >= ROUNDINGS[backend].min_capability and has_triton:
             return
         what = "{} has {}.{}".format(torch.cuda.get_device_name(device), *capability)
-        if not has_triton_package():
-            what += " and triton is not installed"
+        what += "" if has_triton else " and triton is not installed"
     needed = ".".join(map(str, ROUNDINGS[backend].min_capability))
     raise ValueError(
         f"attention_backend {backend!r} needs triton and a GPU of compute capability {needed} or more, {what}; set "
@@ -109,7 +106,7 @@ def emulated(q: Tensor, k: Tensor, v: Tensor, rounding: Rounding, tile: int = 12
         least = deviation.mean(-1, keepdim=True) * 0.1  # a channel that hardly moves
         deviation = deviation.maximum(torch.where(least > 0, least, 1.0))
         value = ((value - mean) / deviation).clamp(-LARGEST, LARGEST).to(FLOAT8).float()
-        weights = (weights * LARGEST_WEIGHT).to(FLOAT8).float() / LARGEST_WEIGHT
+        weights = (weights * LARGEST).to(FLOAT8).float() / LARGEST
         out = weights @ value / total * deviation + mean
     else:
         out = weights @ value / total

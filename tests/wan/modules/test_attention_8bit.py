@@ -91,9 +91,9 @@ def test_a_gpu_computes_as_emulated(backend: str, shape: tuple[int, int, int]):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ROUNDINGS)
 def test_large_scores_stay_finite(backend: str):
-    """One key per query that takes all of its weight, scores up to 1,000: the value of that key comes out."""
+    """One key per query that takes all of its weight, scores of 900: the value of that key comes out."""
     q, k, v = draw(300, 2500, 128, "cuda", torch.bfloat16)
-    q = k[:, :300] * 8
+    q = k[:, :300] * 80
     found = attention_8bit(q, k, v, backend)
     assert relative(found, v[:, :300]) < 0.05
 
