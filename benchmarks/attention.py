@@ -7,7 +7,7 @@ Queries are those of a block of 3 latents of 832x480 (and of three of them), key
 Inputs are normally distributed bfloat16, keys with an offset per channel; keys and values are a view of a longer cache.
 Milliseconds are GPU time, the median of several replays of a CUDA graph, so that launches do not count; a product is
 4 Lq Lk N D operations, whatever its precision. Rounding of keys and values is part of an 8-bit backend's time, and told
-on its own. Then other tiles of the 8-bit kernels are tried, the default first.
+on its own. Then other tiles of the 8-bit kernels are tried (`TILES` of wan/modules/triton_attention.py).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from wan.modules.attention import attention, available_backends
 from wan.modules.attention_8bit import ROUNDINGS
 
 SHAPES = ["4680x14040", "4680x18720", "4680x32760", "14040x18720", "14040x32760"]
-TILES = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3)]
+OTHER_TILES = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3)]
 
 
 def make_inputs(num_queries: int, num_keys: int, heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -92,11 +92,11 @@ def line(result: dict[str, float] | str) -> str:
 
 def rounding_alone(backend: str, tensors: tuple[Tensor, ...]) -> float:
     """Milliseconds of what comes before the attention of an 8-bit backend."""
-    from wan.modules.triton_attention import Tile, round_keys
+    from wan.modules.triton_attention import TILES, round_keys
 
     _, k, v = tensors
     scores, values, _ = ROUNDINGS[backend]
-    return milliseconds(lambda: round_keys(k, v, int8_scores=scores, values_8bit=values, tile=Tile()), k.device)
+    return milliseconds(lambda: round_keys(k, v, int8_scores=scores, values_8bit=values, tile=TILES[values]), k.device)
 
 
 def with_tile(backend: str, tile: Sequence[int], tensors: tuple[Tensor, ...], expected: Tensor) -> dict | str:
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = "4680x18720"
         tensors = make_inputs(4680, 18720, arguments.heads, arguments.head_dim, device)
         expected = exact(*tensors)
-        for backend, tile in product((name for name in backends if name in ROUNDINGS), TILES):
+        for backend, tile in product((name for name in backends if name in ROUNDINGS), OTHER_TILES):
             name = f"{backend} tile {'x'.join(map(str, tile))}"
             if is_over():
                 print(f"{name}: left out, the time is over", flush=True)

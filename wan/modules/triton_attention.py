@@ -1,6 +1,6 @@
 """Attention in 8 bits for GPUs, in Triton, which this file alone imports: wan.modules.attention_8bit says what it does.
 
-Three kernels, one after the other: mean and deviation of keys and values, their rounding, and attention itself.
+Three kernels, one after the other: means and units of keys and values, their rounding, and attention itself.
 Queries are rounded where they are read.
 
 Shapes: B batch, Lq queries, Lk keys, N heads, D head size, T = ceil(Lk / BLOCK_N) tiles of keys.
@@ -14,17 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-NUM_SAMPLES = 256  # keys that means and deviations are of
+NUM_SAMPLES = 256  # keys that means and units are taken from
 
 
 class Tile(NamedTuple):
     """Queries and keys that one program looks at together, and how it is laid out on the GPU."""
 
-    queries: int = 128
-    keys: int = 128
-    num_warps: int = 8
-    num_stages: int = 3
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int  # tiles of keys in shared memory at a time: 98 kB in either case, as cards for desks have
 
+
+TILES = {True: Tile(128, 128, 8, 3), False: Tile(128, 128, 8, 2)}  # for values in 8 bits, and as they come
 
 LENGTHS = ["num_queries", "num_keys", "num_tiles"]  # one code for all of them
 
@@ -33,7 +35,7 @@ LENGTHS = ["num_queries", "num_keys", "num_tiles"]  # one code for all of them
 def _statistics(
     k,
     v,
-    statistics,  # [3, B * N, D] float32: mean of keys, mean and deviation of values
+    statistics,  # [3, B * N, D] float32: mean of keys, mean and unit of values
     k_batch,
     k_token,
     k_head,
@@ -58,12 +60,11 @@ def _statistics(
     mean = tl.sum(value, 0) / count
     away = tl.where(there, value - mean, 0.0)
     deviation = tl.sqrt(tl.sum(away * away, 0) / count)
-    # A channel that hardly moves among the samples may elsewhere.
-    least = tl.sum(deviation, 0) / D * 0.1
-    deviation = tl.maximum(deviation, tl.where(least > 0, least, 1.0))
+    least = tl.max(deviation, 0) * 0.1  # a channel that hardly moves among the samples may elsewhere
+    unit = tl.maximum(deviation, tl.where(least > 0, least, 1.0)) * 4
     tl.store(statistics + batch_head * D + channel, tl.sum(key.to(tl.float32), 0) / count)
     tl.store(statistics + (rows + batch_head) * D + channel, mean)
-    tl.store(statistics + (2 * rows + batch_head) * D + channel, deviation)
+    tl.store(statistics + (2 * rows + batch_head) * D + channel, unit)
 
 
 @triton.jit
@@ -101,8 +102,8 @@ def _round_keys(
 ):
     """One tile of keys, and with VALUES of values; what lies behind the last key becomes 0.
 
-    The largest number of a tile of keys is 127 in int8, 448 in e4m3. Values have their deviation for a unit: those 448
-    times as large are still within e4m3, and those 60 times as small have all of its bits.
+    The largest number of a tile of keys is 127 in int8, 448 in e4m3. The unit of values is 4 of their deviations: those
+    1,792 deviations away are still within e4m3, and those 1/16 of one away have all of its bits.
     """
     tile, batch_head, num_tiles, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
@@ -125,9 +126,9 @@ def _round_keys(
         token = (tile * BLOCK_N + _value_order(row)).to(tl.int64)
         there = (token < num_keys)[:, None]
         mean = tl.load(statistics + (rows + batch_head) * D + channel)
-        deviation = tl.load(statistics + (2 * rows + batch_head) * D + channel)
+        unit = tl.load(statistics + (2 * rows + batch_head) * D + channel)
         value = tl.load(v + batch * v_batch + head * v_head + token[:, None] * v_token + channel, mask=there, other=0.0)
-        value = tl.where(there, (value.to(tl.float32) - mean) / deviation, 0.0)
+        value = tl.where(there, (value.to(tl.float32) - mean) / unit, 0.0)
         length = num_tiles * BLOCK_N
         v8 += batch_head.to(tl.int64) * D * length + tile * BLOCK_N
         rounded = tl.trans(value.to(tl.float8e4nv, fp_downcast_rounding="rtne"))
@@ -268,7 +269,7 @@ class RoundedKeys(NamedTuple):
     keys: Tensor  # [B * N, T * BLOCK_N, D] int8 or e4m3
     values: Tensor  # [B * N, D, T * BLOCK_N] e4m3; empty where values stay as they are
     scales: Tensor  # [B * N, T] float32, of tiles of keys
-    statistics: Tensor  # [3, B * N, D] float32: mean of keys, mean and deviation of values
+    statistics: Tensor  # [3, B * N, D] float32: mean of keys, mean and unit of values
 
 
 def round_keys(k: Tensor, v: Tensor, *, int8_scores: bool, values_8bit: bool, tile: Tile) -> RoundedKeys:
@@ -323,5 +324,5 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, int8_scores: bool, values_8bit: bool, tile: Tile | None = None
 ) -> Tensor:
     """wan.modules.attention_8bit.attention_8bit on a GPU; the last stride of each is 1."""
-    options = {"int8_scores": int8_scores, "values_8bit": values_8bit, "tile": tile or Tile()}
+    options = {"int8_scores": int8_scores, "values_8bit": values_8bit, "tile": tile or TILES[values_8bit]}
     return attend(q, v, round_keys(k, v, **options), **options)

@@ -99,6 +99,18 @@ def test_large_scores_stay_finite(backend: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ROUNDINGS)
+def test_values_that_no_sample_saw_are_not_cut_off(backend: str):
+    """One key of 2,500 has a value, but for a channel that moves; only some keys are looked at for their range."""
+    q, k, v = draw(300, 2500, 128, "cuda", torch.bfloat16)
+    q = k[:, 600:900] * 4
+    v = torch.cat([v[..., :1], torch.zeros_like(v[..., 1:])], dim=-1)
+    v[:, 777] = 3
+    found, truth = attention_8bit(q, k, v, backend), exact(q, k, v)
+    assert relative(found[:, 177], truth[:, 177]) < 0.05
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["int8", "int8_scores"])
 def test_inside_compiled_code_and_cuda_graphs(backend: str):
     q, k, v = cached(130, 2500, 128)
