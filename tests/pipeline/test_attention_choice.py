@@ -9,6 +9,7 @@ from tests.wan.modules.test_causal_model import toy_model
 from utils.config import ConfigError, load_config
 from wan.modules.attention import attention
 from wan.modules.attention_8bit import MIN_KEYS
+from wan.modules.rope import rope_frequencies
 
 CPU = torch.device("cpu")
 SIZES = {"num_frames": 4, "num_block_frames": 2, "height": 4, "width": 4}
@@ -65,18 +66,24 @@ def test_nan_is_over_every_gate():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_models_own_numbers_are_what_its_layers_see(causal: bool):
-    """The last layer's queries of the last block, computed again by hand from what the layers before it gave."""
+    """Of the first layer computed by hand; queries are those of the last block."""
     model = toy_model(num_frame_per_block=2)
     found = own_samples(model, **(SIZES if causal else SIZES | {"num_block_frames": 4}))
     tokens = 4 * model.config.tokens_per_frame(4, 4)
-    heads = (model.config.num_heads, model.config.head_dim)
-    assert {name: [len(x[0]) for x in (q, k, v)] for name, (q, k, v) in found.items()} == {
-        f"layer {layer}": [tokens // 2 if causal else tokens, tokens, tokens] for layer in range(2)
+    num_queries = tokens // 2 if causal else tokens
+    assert {name: [x.shape[1] for x in sample] for name, sample in found.items()} == {
+        f"layer {layer}": [num_queries, tokens, tokens] for layer in range(2)
     }
-    assert all(x.shape[2:] == heads and x.std() > 0 for sample in found.values() for x in sample)
-    queries, keys, _ = found["layer 0"]
-    norms = queries.norm(dim=-1)
-    assert not torch.equal(queries, keys[:, -queries.shape[1] :]) and norms.min() > 0
+    x = torch.randn(1, model.config.in_dim, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embedded, grid = model.embed(x, None, None)
+        _, modulation = model.embed_time(torch.full((1, 4), 500.0))
+        q, k, v = model.blocks[0].before_attention(embedded, modulation)
+        rope = rope_frequencies(model.config.head_dim, range(4), *grid[1:])
+        expected = model.rotate(q, rope)[:, -num_queries:], model.rotate(k, rope), v
+    for ours, theirs in zip(found["layer 0"], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(found["layer 0"][2], found["layer 1"][2])
 
 
 def test_a_model_is_told(caplog):

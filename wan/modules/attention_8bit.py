@@ -76,7 +76,8 @@ def _on_gpu(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     from . import triton_attention
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return triton_attention.attention(q, k, v, *ROUNDINGS[backend][:2])
+    with torch.cuda.device(q.device):  # Triton launches on the current one
+        return triton_attention.attention(q, k, v, *ROUNDINGS[backend][:2])
 
 
 @_on_gpu.register_fake
