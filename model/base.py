@@ -18,12 +18,14 @@ class Batch:
 
     clean_latent: [B, F, C, H, W], None where words are all there is; conditioning: of the same B samples; negative:
     the unguided side, where an objective asks a guided teacher; controls: drawings and images that some come with.
+    past: [B, n, C, H, W] of streams that rollouts go on from.
     """
 
     clean_latent: Tensor | None
     conditioning: Conditioning
     negative: Conditioning | None = None
     controls: Controls | None = None
+    past: Tensor | None = None
 
 
 # (batch, rngs) -> (scalar, metrics): all randomness comes from rngs; metrics are detached tensors.

@@ -18,6 +18,8 @@ class Rollouts:
     the first latent stands for four pictures where a clip of its own has one: `first_latent` (clip so far [B, n, C, H,
     W] -> [B, 1, C, H, W]) encodes the last picture anew. num_input_frames: latents of the batch's clips that a rollout
     goes on from.
+    A batch with a `past` is gone on from, by num_frames more, of which the scores see the end. window, sink: how much
+    of the end of every rollout is kept in `end` [B, window, C, H, W], its first `sink` latents being the stream's.
     """
 
     def __init__(
@@ -28,34 +30,50 @@ class Rollouts:
         num_frames: int,
         num_input_frames: int = 0,
         first_latent: Callable[[Tensor], Tensor] | None = None,
+        window: int = 0,
+        sink: int = 0,
     ):
-        window, block = pipeline.num_grad_frames, pipeline.num_frame_per_block
+        judged, block = pipeline.num_grad_frames, pipeline.num_frame_per_block
         pipeline.plan(num_frames, num_input_frames)  # a length that does not split is refused here
-        surplus = num_frames - window
+        surplus = num_frames - judged
         if surplus > 0 and surplus % block:
             raise ValueError(
-                f"rollouts of {num_frames} latent frames whose last {window} are judged do not split into blocks of "
+                f"rollouts of {num_frames} latent frames whose last {judged} are judged do not split into blocks of "
                 f"{block}; use {num_frames - surplus % block}"
             )
-        if surplus > 0 and first_latent is None:
-            raise ValueError(f"rollouts of more than {window} latent frames need first_latent")
+        if (surplus > 0 or window) and first_latent is None:
+            raise ValueError(f"rollouts of more than {judged} latent frames need first_latent")
         self.pipeline = pipeline
         self.latent_shape = latent_shape
         self.num_frames = num_frames
         self.num_input_frames = num_input_frames
         self.first_latent = first_latent
+        self.window, self.sink = window, sink
+        self.end: Tensor | None = None
 
     def __call__(self, batch: Batch, rngs: SampleRngs) -> Trajectory:
-        given = self.num_input_frames
+        given = batch.past
+        if given is None and self.num_input_frames:
+            given = batch.clean_latent[:, : self.num_input_frames]
         num_frames, exit_steps = self.decide(rngs.shared)
         made = self.pipeline.rollout(
-            rngs.randn(num_frames - given, *self.latent_shape),
+            rngs.randn(num_frames - self.num_input_frames, *self.latent_shape),
             batch.conditioning,
             exit_steps=exit_steps,
             draw=lambda shape: rngs.randn(*shape[1:]),
-            initial_latent=batch.clean_latent[:, :given] if given else None,
+            initial_latent=given,
         )
+        if self.window:
+            self.keep_end(made.latents.detach())
         return self.last_frames(made)
+
+    def keep_end(self, latents: Tensor) -> None:
+        """What the next block of a stream can see, in memory that stays: a captured pass writes to it again."""
+        recent = latents[:, latents.shape[1] - (self.window - self.sink) :]
+        end = torch.cat([latents[:, : self.sink], recent], dim=1)
+        if self.end is None:
+            self.end = torch.empty_like(end)
+        self.end.copy_(end)
 
     def decide(self, shared: torch.Generator) -> tuple[int, tuple[int, ...]]:
         """Latents of this step's rollouts, and where each block leaves; `shared` is seeded alike on all ranks."""

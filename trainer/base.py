@@ -19,14 +19,14 @@ from trainer.layout import count_passes, make_sharding
 from trainer.learner import Learner
 from trainer.optimization import learning_rate
 from trainer.plan import plan_training
-from trainer.state import compact_state, copied_state, restore_state
+from trainer.state import OWN, compact_state, copied_state, restore_state
 from utils.checkpointer import Checkpointer
 from utils.config import Config, ConfigError, config_hash, dump
 from utils.distributed import Ranks, Rngs, SampleRngs, barrier, broadcast_value, mix_seed
 from utils.report import write_report
 from utils.sharding import distribute
 from utils.tracking import Tracker
-from utils.training_state import TrainingState, open_training_state, save_compact_state
+from utils.training_state import StoredState, TrainingState, open_training_state, save_compact_state
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,18 @@ class Trainer(ABC):
     def start(self) -> None:  # noqa: B027 (optional)
         """Called once before the first step of this process; `self.step` says where the run stands."""
 
+    def after_pass(self, learner: Learner, batch: Any, rngs: SampleRngs) -> None:  # noqa: B027 (optional)
+        """Called after every pass of a learner, with what it saw."""
+
     def after_step(self) -> None:  # noqa: B027 (optional)
         """Called after every optimizer step, e.g. to refresh data."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """More that an uninterrupted run has and a resumed one needs, by name: this rank's part of it."""
+        return {}
+
+    def restore_own(self, stored: StoredState) -> None:  # noqa: B027 (optional)
+        """Put back what `own_state` gave, as far as the saved state holds it."""
 
     def evaluate(self) -> dict[str, float | Tensor]:
         """Metrics on held-out data, with the averaged weights in place.
@@ -196,6 +206,7 @@ class Trainer(ABC):
                     loss, details = self.run_pass(learner, batch, rngs_of_pass)
                 else:
                     loss, details = graphed(batch, rngs_of_pass, learner.player.decide(rngs_of_pass.shared))
+            self.after_pass(learner, batch, rngs_of_pass)
             learner.watch.see(loss, samples)
             for key, value in {"loss": loss, **details}.items():
                 metrics[f"{name}/{key}"] = metrics.get(f"{name}/{key}", 0) + value / self.num_passes
@@ -347,7 +358,8 @@ class Trainer(ABC):
             "config": self.resolved_config,
         }
         if not settings.compact:
-            self.checkpointer.save(copied_state(self.learners, self.sharding), facts)
+            own = {OWN + name: tensor.to("cpu", copy=True) for name, tensor in self.own_state().items()}
+            self.checkpointer.save(copied_state(self.learners, self.sharding) | own, facts)
         elif self.takes_part:
             state = TrainingState(compact_state(self.learners, self.ranks), facts)
             if self.ranks.is_main:
@@ -365,6 +377,7 @@ class Trainer(ABC):
                 "choose another --logdir"
             )
         restore_state(self.learners, stored)
+        self.restore_own(stored)
         self.step = self.last_look = stored.facts["step"]
         self.clock = self.clock_before = stored.facts["seconds"]
         if stored.facts["config_hash"] != config_hash(self.resolved_config):

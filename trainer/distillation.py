@@ -12,8 +12,13 @@ from model.dmd import DMD
 from model.scores import Critic, ScorePair
 from model.sid import SiD
 from trainer.few_step import FewStepTrainer
+from trainer.learner import Learner
+from trainer.state import OWN
+from trainer.streams import Streams
 from trainer.work import DistillationWork
 from utils.dataset import Samples
+from utils.distributed import SampleRngs
+from utils.training_state import StoredState
 
 
 class ScoreDistillationTrainer(FewStepTrainer):
@@ -24,6 +29,7 @@ class ScoreDistillationTrainer(FewStepTrainer):
     """
 
     name = "score_distillation"
+    streams: Streams | None = None  # only where rollouts go on
 
     @property
     def learns_from(self) -> str:
@@ -40,6 +46,31 @@ class ScoreDistillationTrainer(FewStepTrainer):
         pose = pose_tokens(self.pose_embedding, batch)
         return replace(batch, conditioning=replace(batch.conditioning, pose=pose), controls=None)
 
+    def prepare(self, rngs: SampleRngs) -> Batch:
+        batch = super().prepare(rngs)
+        return batch if self.streams is None else self.streams.go_on(batch, rngs)
+
+    def after_pass(self, learner: Learner, batch: Batch, rngs: SampleRngs) -> None:
+        """The critic's clips, one in every step, carry the streams on; those that went all the way, as in inference."""
+        if self.streams is None or not learner.player.is_critic:
+            return
+        generate = self.objective.generate
+        _, exit_steps = generate.decide(rngs.shared)
+        if set(exit_steps) == {len(generate.pipeline.timesteps) - 1}:
+            self.streams.keep(batch, generate.end, rngs)
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self.streams is not None:
+            self.streams.advance(self.step - 1)
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {} if self.streams is None else self.streams.state(self.ranks.is_main)
+
+    def restore_own(self, stored: StoredState) -> None:
+        if self.streams is not None:
+            self.streams.restore(stored, OWN, self.device)
+
     def make_players(self) -> list[Player]:
         config, settings = self.config, self.config.distillation
         real, fake = self.build_teacher(), self.build_critic()
@@ -50,6 +81,10 @@ class ScoreDistillationTrainer(FewStepTrainer):
             self.objective = SiD(generate, scores, times, sid_alpha=settings.sid_alpha)
         else:
             self.objective = DMD(generate, scores, times)
+        if settings.num_streams:
+            max_clips = config.num_training_frames // settings.num_grad_frames
+            batch_size = config.batch_size * self.num_passes * self.ranks.size
+            self.streams = Streams(settings.num_streams, max_clips, self.passes(), batch_size, config.seed)
         self.critic = Critic(generate, fake, times, denoising_loss_type=config.denoising_loss_type)
         student = self.student(self.objective.loss)
         student.every, student.decide = settings.dfake_gen_update_ratio, generate.decide

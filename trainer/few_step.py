@@ -159,14 +159,30 @@ class FewStepTrainer(LatentTrainer):
             num_grad_frames=settings.num_grad_frames,
             cache_dtype=self.sharding.compute_dtype,
         )
-        stride = self.vae.spatial_stride
+        stride, streams = self.vae.spatial_stride, settings.num_streams > 0
         return Rollouts(
             pipeline,
             latent_shape=(self.model_config.out_dim, config.height // stride, config.width // stride),
-            num_frames=config.num_training_frames,
+            num_frames=settings.num_grad_frames if streams else config.num_training_frames,
             num_input_frames=settings.num_input_frames,
             first_latent=self.first_latent,
+            window=self.window_frames if streams else 0,
+            sink=min(config.model_kwargs.sink_size, self.window_frames),
         )
+
+    @property
+    def window_frames(self) -> int:
+        """Latents of a stream that its next block can see, in whole blocks, and no more than a judged clip has."""
+        window, block = self.config.model_kwargs.local_attn_size, self.config.num_frame_per_block
+        judged = self.config.distillation.num_grad_frames
+        return judged if window == -1 else min(judged, -(-window // block) * block)
+
+    @property
+    def rollout_frames(self) -> int:
+        """Latents of the longest rollout that a step makes, those included that it goes on from."""
+        settings = self.config.distillation
+        goes_on = settings.num_grad_frames + self.window_frames
+        return goes_on if settings.num_streams else self.config.num_training_frames
 
     # --- what a step of rollouts takes ---
 
@@ -185,9 +201,9 @@ class FewStepTrainer(LatentTrainer):
             self.model_config,
             real,
             fake,
-            blocks=pipeline.plan(config.num_training_frames),
+            blocks=pipeline.plan(self.rollout_frames),
             tokens_per_frame=self.tokens_per_frame,
-            window=config.num_training_frames if window == -1 else window,
+            window=self.rollout_frames if window == -1 else window,
             num_steps=len(pipeline.timesteps),
             clean_context=config.clean_context,
             recomputation=config.gradient_checkpointing,
@@ -196,13 +212,13 @@ class FewStepTrainer(LatentTrainer):
 
     def kept_bytes(self, sizes: WanConfig) -> int:
         """What a pass of a network over whole clips keeps for its backward."""
-        tokens = self.config.batch_size * self.config.num_training_frames * self.tokens_per_frame
+        tokens = self.config.batch_size * self.rollout_frames * self.tokens_per_frame
         return activation_bytes(sizes, tokens, checkpointing=self.config.gradient_checkpointing)
 
     @property
     def cache_bytes(self) -> int:
         """Keys and values of a rollout."""
-        tokens = self.config.batch_size * self.config.num_training_frames * self.tokens_per_frame
+        tokens = self.config.batch_size * self.rollout_frames * self.tokens_per_frame
         dtype = self.sharding.compute_dtype or torch.float32
         return 2 * self.model_config.num_layers * tokens * self.model_config.dim * dtype.itemsize
 

@@ -10,6 +10,8 @@ from utils.sharding import Sharding, dress, local, whole
 from utils.training_state import StoredState
 from wan.modules.weights import check_same_tensors
 
+OWN = "own/"  # begins the names of what a recipe keeps beside its players
+
 
 def copied_state(learners: Sequence[Learner], sharding: Sharding) -> dict[str, Tensor]:
     """The parts of everything a run is made of that this rank saves, copied to main memory."""
@@ -35,7 +37,7 @@ def compact_state(learners: Sequence[Learner], ranks: Ranks) -> dict[str, Tensor
 
 def restore_state(learners: Sequence[Learner], stored: StoredState) -> None:
     """Put every player back to where it was; every rank reads its own parts. ValueError where they do not fit."""
-    found = {name: shape for name, shape in stored.shapes.items() if "/optimizer/" not in name}
+    found = {n: shape for n, shape in stored.shapes.items() if "/optimizer/" not in n and not n.startswith(OWN)}
     expected = {name: shape for learner in learners for name, shape in learner.expected().items()}
     check_same_tensors(expected, found, f"the saved state {stored.folder}")
     targets = {name: t for learner in learners for name, t in learner.targets(set(stored.shapes)).items()}

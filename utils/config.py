@@ -179,6 +179,7 @@ class DistillationConfig:
     last_step_only: bool = False  # which is always the last
     num_grad_frames: int = 21  # latents the scores see: the last ones of longer rollouts (num_training_frames)
     num_input_frames: int = 0  # latents of a real clip that rollouts go on from; 1: image to video
+    num_streams: int = 0  # streams of up to num_training_frames that take turns in going on; 0: rollouts begin anew
 
 
 @dataclass
@@ -397,6 +398,7 @@ class Config:
                 raise ConfigError(f"gan.{name} is {getattr(self.gan, name)}; it is a length above 0, e.g. 0.1")
         self._check_data()
         self._check_control()
+        self._check_streams()
         if not 0 <= self.tiny_vae.teacher_share <= 1:
             raise ConfigError(f"tiny_vae.teacher_share is {self.tiny_vae.teacher_share}; a share lies in [0, 1]")
         if not 0 <= self.ema.weight < 1:
@@ -497,6 +499,36 @@ class Config:
             raise ConfigError(
                 f"control.pose_dim is set: an image and a block of {block} must fit into a clip and into the window; "
                 f"num_training_frames is {self.num_training_frames}, model_kwargs.local_attn_size {window}"
+            )
+
+    def _check_streams(self) -> None:
+        settings, frames = self.distillation, self.num_training_frames
+        if not settings.num_streams:
+            return
+        if settings.num_streams < 0:
+            raise ConfigError(f"distillation.num_streams is {settings.num_streams}; it is 0 (none) or more, e.g. 4")
+        remedy = "or distillation.num_streams: 0"
+        if self.trainer != "score_distillation" or self.distribution_loss == "causvid":
+            name = f"trainer {self.trainer}" if self.trainer != "score_distillation" else "distribution_loss causvid"
+            raise ConfigError(
+                f"distillation.num_streams is {settings.num_streams}, but rollouts of the {name} do not go on; set "
+                f"trainer: score_distillation with dmd or sid, {remedy}"
+            )
+        if frames < 2 * settings.num_grad_frames:
+            raise ConfigError(
+                f"distillation.num_streams is {settings.num_streams}, but streams of {frames} latents "
+                f"(num_training_frames) end with their first clip of {settings.num_grad_frames} (num_grad_frames); set "
+                f"num_training_frames: {12 * settings.num_grad_frames}, {remedy}"
+            )
+        if settings.num_input_frames or self.independent_first_frame:
+            raise ConfigError(
+                "streams begin from words alone and go on in whole blocks; set distillation.num_input_frames: 0 and "
+                f"independent_first_frame: false, {remedy}"
+            )
+        if not (settings.same_step_across_blocks or settings.last_step_only):
+            raise ConfigError(
+                "a stream goes on from clips whose blocks all left at the last step, which is rare where every block "
+                f"draws its own; set distillation.same_step_across_blocks: true, {remedy}"
             )
 
     def _check_blocks(self, name: str) -> None:

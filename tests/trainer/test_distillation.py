@@ -91,10 +91,19 @@ def run_on_drawn_data(folder: Path, folders: tuple[Path, Path], *overrides: str,
 
 
 FOUR_STEPS = "denoising_step_list=[1000,750,500,250]"
+LOSSES = {
+    "dmd": ["distribution_loss=dmd"],
+    "sid": ["distribution_loss=sid"],
+    "a stream that goes on": [
+        "distillation.num_streams=1", "num_training_frames=60", "distillation.num_grad_frames=6",
+        "distillation.last_step_only=true", "max_steps=2", "optimizer.lr=1e-7",
+    ],
+}  # fmt: skip
 CASES = {  # strategy of two ranks, and the loss
     "replicas": ("no_shard", "dmd"),
     "shards": ("full", "dmd"),
     "shards and a loss that goes back through the critic": ("full", "sid"),
+    "shards and streams": ("full", "a stream that goes on"),
 }
 
 
@@ -102,13 +111,13 @@ def test_two_ranks_are_one_process(tmp_path: Path, folders):
     """Replicated or sharded, each with half of the batch; and both leave their rollouts at the same steps."""
     done = gloo.run(__file__, 2, str(tmp_path), *map(str, folders), timeout=240)
     assert done.returncode == 0, done.stderr
-    for loss in ("dmd", "sid"):
-        run_on_drawn_data(tmp_path / loss, folders, "batch_size=2", FOUR_STEPS, f"distribution_loss={loss}")
+    for loss, settings in LOSSES.items():
+        run_on_drawn_data(tmp_path / loss, folders, "batch_size=2", FOUR_STEPS, *settings)
     for case, (_, loss) in CASES.items():
         one, two = state(tmp_path / loss), state(tmp_path / case)
         assert one.keys() == two.keys()
         for name, tensor in one.items():
-            if "/exp_avg/" in name:  # the gradients
+            if "/exp_avg/" in name or "/streams/" in name:  # the gradients, and what is gone on from
                 torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         exits = [json.loads((tmp_path / case / f"exits_{rank}.json").read_text()) for rank in range(2)]
         assert exits[0] == exits[1] == json.loads((tmp_path / loss / "exits_0.json").read_text())
@@ -156,7 +165,7 @@ def on_two_ranks(arguments: list[str]) -> None:
     two_ranks = init_distributed("cpu")
     home, causal, teacher = map(Path, arguments)
     for case, (strategy, loss) in CASES.items():
-        options = ["batch_size=1", FOUR_STEPS, f"sharding_strategy={strategy}", f"distribution_loss={loss}"]
+        options = ["batch_size=1", FOUR_STEPS, f"sharding_strategy={strategy}", *LOSSES[loss]]
         run_on_drawn_data(home / case, (causal, teacher), *options, ranks=two_ranks)
     shutdown()
 

@@ -67,11 +67,13 @@ def draw_heads(*networks: nn.Module) -> None:
         weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
 
 
+STREAMS = "distillation.num_streams=2 num_training_frames=60 distillation.num_grad_frames=6"
 CONTROL = "control.pose_dim=8 control.image_dropout=0.5 batch_size=4 total_batch_size=8"
 
 
 @pytest.mark.parametrize(
-    "kind", ["diffusion", "diffusion compile=true", f"diffusion {CONTROL}", "dmd", "sid", "causvid", "gan"]
+    "kind",
+    ["diffusion", "diffusion compile=true", f"diffusion {CONTROL}", "dmd", f"dmd {STREAMS}", "sid", "causvid", "gan"],
 )
 def test_captured_passes_train_like_launched_ones(kind: str, tmp_path: Path, folders):
     """Two passes make a step, so both must add to the same gradients; rollouts leave at either of two steps."""
