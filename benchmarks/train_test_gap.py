@@ -4,10 +4,10 @@
     python benchmarks/train_test_gap.py --num_gpus 2 --teacher logs/puppet_teacher/export --ode_pairs data/ode_pairs
 
 Every method starts from the same many-step model (`start`, measured as it is), sees the same puppets and learns for the
-same --seconds on the same GPUs; self-forcing spends a share of them on its ODE initialisation. What they have in
-common, teacher and ODE pairs, is not counted. Each then streams held-out prompts, and the judges read three horizons of
-the same stream: FWD (Frechet distance to true puppets of the same moments), accuracies, flicker. A figure is the mean
-over groups (training seed x sampling seed: other scenes, other noise) with its standard error.
+same --seconds on the same GPUs; self-forcing spends half of them on consistency distillation, its start in few steps.
+What they have in common, teacher and ODE pairs, is not counted. Each then streams held-out prompts, and the judges read
+three horizons of the same stream: FWD (Frechet distance to true puppets of the same moments), accuracies, flicker. A
+figure is the mean over groups (training seed x sampling seed: other scenes, other noise) with its standard error.
 
 Everything is kept below --work, so that an interrupted experiment goes on where it stopped, and methods may be trained
 (--train_only) and measured by processes of their own: the last one, which names them all, finds what the others left.
@@ -64,17 +64,18 @@ class Stage:
     overrides: tuple[str, ...] = ()
 
 
-ODE_FIRST, REST = Stage("puppet_ode", 0.4), 0.6
+FEW_STEPS_FIRST, REST = Stage("puppet_consistency", 0.5), 0.5
 MANY_STEPS = ("sampling_steps=16", "guidance_scale=1.5")  # the embedded model's
 CLEAN_CONTEXT = ("from_scratch=false", "noise_augmentation_max_timestep=0", *MANY_STEPS)
 METHODS: dict[str, tuple[Stage, ...]] = {
-    START: (),  # as it came, sampled as configs/puppet_tiny.yaml says
+    START: (),  # as it came, sampled as configs/puppet_many_steps.yaml says
     "teacher_forcing": (Stage("puppet_diffusion", overrides=CLEAN_CONTEXT),),
     "diffusion_forcing": (Stage("puppet_diffusion_forcing", overrides=MANY_STEPS),),
     "ode_init": (Stage("puppet_ode"),),
-    "self_forcing_dmd": (ODE_FIRST, Stage("puppet_dmd", REST)),
-    "self_forcing_sid": (ODE_FIRST, Stage("puppet_sid", REST)),
-    "self_forcing_gan": (ODE_FIRST, Stage("puppet_gan", REST)),
+    "consistency": (Stage("puppet_consistency"),),  # teacher forcing in few steps
+    "self_forcing_dmd": (FEW_STEPS_FIRST, Stage("puppet_dmd_streams", REST)),
+    "self_forcing_sid": (FEW_STEPS_FIRST, Stage("puppet_sid", REST)),
+    "self_forcing_gan": (FEW_STEPS_FIRST, Stage("puppet_gan", REST)),
 }
 
 
@@ -105,7 +106,7 @@ def length(stage: Stage, args: argparse.Namespace) -> list[str]:
 
 def helpers(stage: Stage, args: argparse.Namespace) -> list[str]:
     """Settings that name the teacher and the ODE pairs, where a stage needs them."""
-    if stage.config in ("puppet_dmd", "puppet_sid"):
+    if stage.config in ("puppet_dmd_streams", "puppet_sid"):
         return [f"distillation.real_name={teacher(args)}"]
     if stage.config == "puppet_gan":
         return [f"distillation.fake_name={teacher(args)}"]
@@ -149,7 +150,7 @@ def launch(program: str, arguments: list[str], args: argparse.Namespace) -> None
 
 def sampler_config(method: str, model: Path, args: argparse.Namespace) -> Config:
     """How the method's model is sampled: as its last stage says."""
-    stage = METHODS[method][-1] if METHODS[method] else Stage("puppet_tiny")
+    stage = METHODS[method][-1] if METHODS[method] else Stage("puppet_many_steps")
     sampling = [f"model_name={model}", "generator_ckpt=null", "use_ema=false", f"device={args.device}"]
     return load_config(f"configs/{stage.config}.yaml", [*stage.overrides, *args.overrides, *sampling])
 
@@ -315,6 +316,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.steps, args.num_prompts, args.batch_size, args.size, args.num_pairs = args.steps or 2, 2, 2, 32, 2
         args.horizons, args.sample_seeds = [12], args.sample_seeds[:2]
         toy = ["height=32", "width=32", "batch_size=2", "compile=false", "num_training_frames=6", "sampling_steps=2"]
+        toy += ["distillation.num_grad_frames=3"]
         toy += ["model_kwargs.local_attn_size=6", "data.pool_size=4", "data.min_fill=4", "data.encode_batch_size=2"]
         args.overrides = [*toy, f"device={args.device}", *args.overrides]
     return args
@@ -330,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     judges = load_judges(args.judges, args.device)
     references = functools.cache(partial(reference_features, judges, args))
     truths = [true_group(seed, judges, references, args) for seed in args.sample_seeds]
-    results = {"ground_truth": summary(truths)}
+    measured = {"ground_truth": truths}
     passes: dict[str, int] = {}
     for method in args.methods:
         rows = []
@@ -338,9 +340,9 @@ def main(argv: list[str] | None = None) -> int:
             model = trained(method, seed, args)
             rows += groups(method, model, seed, judges, references, args)
             passes[method] = passes_per_block(sampler_config(method, model, args))
-        results[method] = summary(rows)
-        report = conclude(results, passes, args)
-        write(args.out, report)
+        measured[method] = rows
+        write(args.out, conclude(measured, passes, args))
+    results = {name: summary(rows) for name, rows in measured.items()}
     text = table(results, passes)
     print(text)
     if args.docs:
@@ -350,8 +352,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def conclude(results: dict[str, dict], passes: dict[str, int], args: argparse.Namespace) -> dict:
-    """The whole content of --out, as far as it is known."""
+def conclude(measured: dict[str, list[dict]], passes: dict[str, int], args: argparse.Namespace) -> dict:
+    """The whole content of --out, as far as it is known; measured: every method's groups."""
+    results = {name: summary(rows) for name, rows in measured.items()}
     report = {
         "methods": {name: {"passes_per_block": passes.get(name), "horizons": rows} for name, rows in results.items()},
         "groups": {"train_seeds": args.train_seeds, "sample_seeds": args.sample_seeds, "streams": args.num_prompts},
@@ -361,7 +364,7 @@ def conclude(results: dict[str, dict], passes: dict[str, int], args: argparse.Na
         "machine": describe_machine(args.device),
     }
     if CHAMPION in results and BASELINE in results:
-        report |= beats(results[CHAMPION], results[BASELINE])
+        report |= beats(measured[CHAMPION], measured[BASELINE], len(args.sample_seeds))
         many_steps = START if START in results else BASELINE
         report["student_accuracy_drop_points"] = accuracy_drop(results[CHAMPION], results[many_steps])
         report["passes_ratio"] = round(passes[many_steps] / passes[CHAMPION], 2)

@@ -77,9 +77,10 @@ def puppets(tmp_path_factory) -> dict[str, Path]:
 DISTILLATION = ["num_training_frames=6", "model_kwargs.local_attn_size=3", "denoising_step_list=[1000,500]"]
 
 
-@pytest.mark.parametrize("recipe", ["puppet_dmd", "puppet_sid", "puppet_causvid"])
+@pytest.mark.parametrize("recipe", ["puppet_dmd", "puppet_dmd_streams", "puppet_sid", "puppet_causvid"])
 def test_every_distillation_takes_its_steps(recipe: str, puppets, tmp_path: Path):
     models = [f"model_name={puppets['causal']}", f"distillation.real_name={puppets['teacher']}"]
+    models += ["distillation.num_grad_frames=3"] if recipe == "puppet_dmd_streams" else []
     assert run(recipe, tmp_path, *DIT, *DISTILLATION, *models) == 0
     names = [path.name for path in (tmp_path / "export").iterdir()]
     assert "diffusion_pytorch_model.safetensors" in names and "Wan2.1_VAE.safetensors" in names

@@ -58,19 +58,31 @@ def figures(fwd: float, accuracy: float) -> dict:
     return {"63-251": {"fwd": fwd, "flicker": 0.1, **{f"{name}_accuracy": accuracy for name in names}}}
 
 
+def groups(fwd: float, accuracy: float, *, noise: float = 1.0, fog: float = 0.0) -> list[dict]:
+    """Two sampling seeds. noise: the method's own; fog: the scenes', which every method has."""
+    return [figures(fwd + sign * (noise + fog), accuracy + 0.001 * sign * noise) for sign in (-1, 1)]
+
+
+def wins(champion: list[dict], baseline: list[dict], num_sampling_seeds: int = 2) -> int:
+    return beats(champion, baseline, num_sampling_seeds)["self_forcing_beats_teacher_forcing"]
+
+
 def test_the_verdict_needs_three_standard_errors_and_no_lost_accuracy():
-    steady = summary([figures(100 + noise, 0.9) for noise in (-1, 1)])  # standard error 1
-    drifting = summary([figures(110 + noise, 0.9) for noise in (-1, 1)])
-    near = summary([figures(104 + noise, 0.9) for noise in (-1, 1)])
-    blind = summary([figures(110 + noise, 0.9 + 0.01 * noise) for noise in (-1, 1)])
-    alone = summary([figures(200, 0.9)])
-    assert beats(steady, drifting)["self_forcing_beats_teacher_forcing"] == 1
-    assert beats(steady, near)["self_forcing_beats_teacher_forcing"] == 0  # 4 is less than 3 x sqrt 2
-    assert beats(drifting, steady)["self_forcing_beats_teacher_forcing"] == 0
-    assert beats(steady, alone)["self_forcing_beats_teacher_forcing"] == 0, "one group has no spread"
-    lower = summary([figures(100 + noise, 0.7 + 0.01 * noise) for noise in (-1, 1)])
-    assert beats(lower, blind)["self_forcing_beats_teacher_forcing"] == 0
-    assert accuracy_drop(lower, blind) == pytest.approx(20)
+    steady, drifting = groups(100, 0.9, noise=0), groups(110, 0.9)  # a difference of 10 with standard error 1
+    assert wins(steady, drifting) == 1
+    assert wins(steady, groups(102.9, 0.9)) == 0 and wins(steady, groups(103.1, 0.9)) == 1
+    assert wins(drifting, steady) == 0
+    assert wins([figures(100, 0.9)], [figures(200, 0.9)], 1) == 0, "one group has no spread"
+    lower = groups(100, 0.7, noise=0)
+    assert wins(lower, drifting) == 0
+    assert accuracy_drop(summary(lower), summary(drifting)) == pytest.approx(20)
+
+
+def test_what_scenes_have_in_common_is_no_spread():
+    """Hard scenes are hard for both; two training seeds count as one."""
+    assert wins(groups(100, 0.9, noise=0, fog=50), groups(110, 0.9, fog=50)) == 1
+    twice = [*groups(90, 0.9, noise=0, fog=50), *groups(110, 0.9, noise=0, fog=50)]
+    assert wins(twice, groups(110, 0.9, fog=50)) == 1 and wins(twice, groups(102, 0.9, fog=50)) == 0
 
 
 def test_a_plot_of_one_point_has_a_scale(tmp_path: Path):
@@ -86,17 +98,21 @@ def test_helpers_that_are_not_given_are_made_first(tmp_path: Path, monkeypatch):
     args = train_test_gap.parse_args(["--work", str(tmp_path), "--steps", "100", "--start", "models/start"])
     model = train_test_gap.trained("self_forcing_dmd", 3, args)
     programs = [program for program, _ in launched]
-    assert programs == ["scripts/generate_ode_pairs.py", "train.py", "train.py", "train.py"]
-    pairs, ode, teacher, dmd = (arguments for _, arguments in launched)
-    assert "model_name=models/start" in pairs and "--causal_teacher" in pairs
-    assert "max_steps=40" in ode and f"data.path={tmp_path / 'ode_pairs'}" in ode
+    assert programs == ["train.py", "train.py", "train.py"]
+    few_steps, teacher, dmd = (arguments for _, arguments in launched)
+    assert "max_steps=50" in few_steps and "model_name=models/start" in few_steps
     assert "configs/puppet_teacher.yaml" in teacher and "max_steps=100" in teacher
-    assert "max_steps=60" in dmd and "seed=3" in dmd
+    assert "max_steps=50" in dmd and "seed=3" in dmd
     assert f"distillation.real_name={tmp_path / 'runs' / 'teacher' / 'export'}" in dmd
-    assert f"model_name={tmp_path / 'runs' / 'puppet_ode_0.4_seed3' / 'export'}" in dmd
+    assert f"model_name={tmp_path / 'runs' / 'puppet_consistency_0.5_seed3' / 'export'}" in dmd
     launched.clear()
     assert train_test_gap.trained("self_forcing_sid", 3, args) != model
-    assert len(launched) == 2, "the ODE stage is the same run; helpers are there"
+    assert len(launched) == 2, "the first stage is the same run; helpers are there"
+    launched.clear()
+    train_test_gap.trained("ode_init", 3, args)
+    (script, pairs), (_, ode) = launched
+    assert script == "scripts/generate_ode_pairs.py" and "--causal_teacher" in pairs
+    assert f"data.path={tmp_path / 'ode_pairs'}" in ode
 
 
 def test_a_method_that_is_none_is_refused(tmp_path: Path, tiny_model_folder: Path):
