@@ -302,7 +302,7 @@ def headline(content: dict) -> dict[str, float]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", default="configs/puppet_tiny.yaml", help="how the model is sampled")
+    parser.add_argument("--config_path", default="configs/puppet_many_steps.yaml", help="how the model is sampled")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over those of the config")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--judges", type=Path, default=DEFAULT_FOLDER, help="folder of judges.safetensors")

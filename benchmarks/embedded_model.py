@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(args.out, args.overwrite)
     config = load_config(args.config_path, args.set)
     weights = [find_model_folder(config.model_name), args.judges]
-    weights += [Path(config.generator_ckpt)] if config.generator_ckpt else []
+    weights += [Path(path) for path in (config.generator_ckpt, config.lora_ckpt) if path and Path(path).is_file()]
     base = {"device": device.type, "config": args.config_path, "set": args.set, "weights": fingerprint(*weights)}
 
     if not args.fps_only:

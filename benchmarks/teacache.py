@@ -69,7 +69,7 @@ def errors(pipeline, videos: list[Tensor], exact: list[Tensor]) -> dict[str, flo
 @plain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", default="configs/puppet_tiny.yaml", help="of a many-step model")
+    parser.add_argument("--config_path", default="configs/puppet_many_steps.yaml", help="of a many-step model")
     parser.add_argument("--data_path", type=Path, default=ROOT / "prompts" / "puppet_world.txt")
     parser.add_argument("--num_prompts", type=int, default=4, help="to measure with; as many others calibrate")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.1, 0.2, 0.4])

@@ -20,7 +20,7 @@ from utils.video_ranks import VideoRanks
 from utils.wan_wrapper import CLIPModel, WanDiffusionWrapper, WanTextEncoder, WanVAEWrapper
 from wan.configs import WanConfig, find_model_folder, pose_file
 from wan.modules.float8 import check_float8, quantise_linears
-from wan.modules.lora import find_lora
+from wan.modules.lora import find_lora, merge_lora
 from wan.modules.sequence_parallel import Ulysses, check_heads
 from wan.modules.weights import read_tensors
 
@@ -56,7 +56,26 @@ def build_generator(config: Config, device: torch.device, dtype: torch.dtype) ->
     )
     if config.generator_ckpt:
         load_generator(generator, config.generator_ckpt, use_ema=config.use_ema, device=device, dtype=dtype)
+    merge_lora_of(config, generator)
     return generator.eval().requires_grad_(False)
+
+
+def merge_lora_of(config: Config, generator: WanDiffusionWrapper) -> None:
+    """Merge `lora_ckpt` into the weights, if there is one. FileNotFoundError or ValueError says what does not fit."""
+    if config.lora_ckpt is None:
+        return
+    path = Path(config.lora_ckpt)
+    if not path.is_file():
+        path = find_model_folder(config.model_name) / path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"lora_ckpt {config.lora_ckpt}: there is no such file, and none of that name in {path.parent}; name the "
+            "file, or set lora_ckpt=null (a many-step model of your own: --config_path configs/puppet_many_steps.yaml)"
+        )
+    try:
+        merge_lora(generator.model, read_tensors(path), config.lora_scale)
+    except ValueError as error:
+        raise ValueError(f"lora_ckpt {path}: {error}") from error
 
 
 def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:

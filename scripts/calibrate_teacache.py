@@ -43,7 +43,7 @@ def calibrate(pipeline, prompts: Sequence[str], num_frames: int, height: int, wi
 @plain_errors
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", default="configs/puppet_tiny.yaml", help="of a many-step model")
+    parser.add_argument("--config_path", default="configs/puppet_many_steps.yaml", help="of a many-step model")
     parser.add_argument(
         "--data_path", type=Path, default=ROOT / "prompts" / "puppet_world.txt", help="prompts, one a line"
     )

@@ -13,6 +13,7 @@ import torch
 import demo
 import inference
 from demo import Studio, build_page
+from tests.test_inference import MANY_STEPS
 from utils.config import load_config
 from utils.prompts import video_seed
 
@@ -41,7 +42,7 @@ class FakePipeline:
 
 @pytest.fixture
 def studio() -> Studio:
-    return Studio(FakePipeline(), load_config("configs/puppet_tiny.yaml", ["fps=1000"]))
+    return Studio(FakePipeline(), load_config("configs/puppet_many_steps.yaml", ["fps=1000"]))
 
 
 def statuses(watching) -> list[str]:
@@ -124,7 +125,7 @@ def test_an_error_is_told_and_the_next_video_works(studio):
 
 @pytest.mark.parametrize(("seconds", "latents"), [(0, None), (0.01, 3), (9 / 16, 3), (10 / 16, 6), (81 / 16, 21)])
 def test_lengths_are_whole_blocks(seconds, latents):
-    studio = Studio(FakePipeline(), load_config("configs/puppet_tiny.yaml"))
+    studio = Studio(FakePipeline(), load_config("configs/puppet_many_steps.yaml"))
     assert studio.latent_frames(seconds) == latents
 
 
@@ -150,7 +151,7 @@ def test_a_real_model_shows_what_inference_writes(tiny_model_folder, tmp_path, m
 
     frames = []
     monkeypatch.setattr(demo, "jpeg_html", lambda frame: frames.append(frame) or "")
-    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "num_output_frames=6", "sampling_steps=2"]
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "num_output_frames=6", *MANY_STEPS]
     config = load_config("configs/puppet_tiny.yaml", settings)
     studio = Studio(build_pipeline(config, "cpu"), config)
     shown = list(studio.watch(" a red puppet waves", seed=3, steps=2, seconds=1))

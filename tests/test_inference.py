@@ -14,6 +14,7 @@ from utils.pose.keypoints import save_keypoints
 from utils.video import read_video, write_video
 
 FRAMES = 9  # 3 latent frames, one block
+MANY_STEPS = ["lora_ckpt=null", "denoising_step_list=null", "guidance_scale=1.5", "sampling_steps=2"]
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def run(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*argv: str, out: str = "out", code: int = 0) -> Path:
-        settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "sampling_steps=2"]
+        settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", *MANY_STEPS]
         flags = [] if "--num_output_frames" in argv else ["--num_output_frames", "3"]
         assert inference.main(["--output_folder", out, *flags, *argv, *settings]) == code
         return tmp_path / out
@@ -174,7 +175,7 @@ def test_one_image_for_every_prompt(run, prompts, tmp_path):
 def test_an_i2v_model_reads_an_image(tiny_i2v_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
-    settings = [f"model_name={tiny_i2v_folder}", "height=32", "width=32", "sampling_steps=2", "num_output_frames=3"]
+    settings = [f"model_name={tiny_i2v_folder}", "height=32", "width=32", *MANY_STEPS, "num_output_frames=3"]
     for causal in ("true", "false"):
         arguments = ["--prompt", "words", "--input_image", "red.png", f"causal={causal}", *settings]
         assert inference.main(["--output_folder", causal, *arguments]) == 0
@@ -188,7 +189,7 @@ def test_a_video_is_made_after_another(run, tiny_model_folder, tmp_path):
     folder = run("--prompt", "words", "--video", "drive.mp4", "--strength", "0.5")
     assert [len(read_video(path)[0]) for path in folder.glob("*.mp4")] == [FRAMES]  # as many as were asked for
     assert metadata(folder)[0]["video"] == "drive.mp4" and metadata(folder)[0]["strength"] == 0.5
-    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "sampling_steps=2"]
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", *MANY_STEPS]
     assert inference.main(["--prompt", "words", "--video", "drive.mp4", *settings]) == 0
     assert [len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")] == [30]  # as many as it has
 
@@ -219,7 +220,7 @@ def test_a_video_follows_a_pose(run, tiny_model_folder, tmp_path, capsys):
     arguments = ["--prompt", "words", "--pose", "dance", "--pose_ckpt", "unianimate.ckpt", "--pose_strength", "0.5"]
     folder = run(*arguments)
     assert metadata(folder)[0]["pose"] == "dance" and metadata(folder)[0]["pose_strength"] == 0.5
-    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "sampling_steps=2"]
+    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", *MANY_STEPS]
     assert inference.main([*arguments, *settings]) == 0
     assert [len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")] == [21]  # whole blocks above 10
     run(*arguments[:4], out="without", code=1)
@@ -287,7 +288,7 @@ def test_ctrl_c_keeps_what_is_finished(run, prompts, monkeypatch):
 
 def test_the_embedded_model_is_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert inference.main(["--first", "1", "--num_output_frames", "3", "sampling_steps=4"]) == 0
+    assert inference.main(["--first", "1", "--num_output_frames", "3"]) == 0
     frames, _ = read_video(next((tmp_path / "videos").glob("*.mp4")))
     assert frames.shape == (FRAMES, 3, 128, 128)
     assert frames.std() > 0.05  # a picture, not a flat field

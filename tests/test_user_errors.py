@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import inference
+from tests.test_inference import MANY_STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,9 +23,11 @@ def mistake(tiny_model_folder, tmp_path, monkeypatch, capsys):
 
     def call(*argv: str, model: str | Path = tiny_model_folder, out: str = "out") -> str:
         prompt = [] if {"--data_path", "--prompt"} & set(argv) else ["--prompt", "a red puppet waves"]
-        small = ["sampling_steps=2", "num_output_frames=3"] if not any("num_output" in word for word in argv) else []
+        small = ["num_output_frames=3"] if not any("num_output" in word for word in argv) else []
         sizes = [] if any("height" in word for word in argv) else ["height=32", "width=32"]
-        code = inference.main(["--output_folder", out, *prompt, *argv, f"model_name={model}", *small, *sizes])
+        code = inference.main(
+            ["--output_folder", out, *prompt, *argv, f"model_name={model}", *MANY_STEPS, *small, *sizes]
+        )
         said = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "frame/s" not in line]
         assert code not in (0, None)
         assert len(said) == 1 and said[0].startswith("error: "), said

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.base import Batch, Loss, Player
-from pipeline.build import assemble_pipeline, generator_options
+from pipeline.build import assemble_pipeline, generator_options, merge_lora_of
 from trainer.base import Trainer
 from trainer.data import DataSource, check_calls, text_encoder_home
 from trainer.plan import activation_bytes
@@ -144,6 +144,8 @@ class LatentTrainer(Trainer):
             from_scratch=config.from_scratch,
             **generator_options(config),
         )
+        if generator.model.device.type != "meta" and not config.from_scratch:
+            merge_lora_of(config, generator)
         if config.control.pose_dim:
             generator.model.add_pose_proj(config.control.pose_dim)
         return generator

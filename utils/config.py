@@ -260,6 +260,8 @@ class Config:
     teacache: float = 0.0  # change per left-out denoising step that is put up with, e.g. 0.1; 0: every step is computed
     negative_prompt: str = ""
     image_mode: Literal["auto", "context", "concat", "ref_sink"] = "auto"  # how an image steers, see docs/control.md
+    lora_ckpt: str | None = None  # low-rank update merged into the weights: a file, or one of the model folder's
+    lora_scale: float = 1.0  # how much of it
     pose_ckpt: str | None = None  # pose networks (and LoRA): UniAnimate's checkpoint, or one in its layout
     pose_lora: bool = True  # merge the LoRA of pose_ckpt, where it has one, into the generator
     # of keypoint files (utils/pose/draw.py); auto: legacy (UniAnimate's) for a pose_ckpt, else body (puppets')

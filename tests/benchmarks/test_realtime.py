@@ -15,7 +15,7 @@ FOUR = ("fps_transformer", "fps_with_vae", "fps_client", "first_frame_s")
 
 def run(folder: Path, model: Path, name: str, *more: str) -> dict:
     files = ["--json", str(folder / f"{name}.json"), "--markdown", str(folder / f"{name}.md")]
-    settings = [f"model_name={model}", "height=32", "width=32", "num_output_frames=6", "device=cpu"]
+    settings = [f"model_name={model}", "lora_ckpt=null", "height=32", "width=32", "num_output_frames=6", "device=cpu"]
     assert realtime.main(["--preset", "embedded", *files, *settings, *more]) == 0
     return json.loads((folder / f"{name}.json").read_text())
 
@@ -62,7 +62,14 @@ def test_every_preset_loads(path: Path):
 
 
 def test_variants_share_their_networks_and_are_compared_with_launches(tmp_path: Path, tiny_model_folder, capsys):
-    settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", "num_output_frames=6", "device=cpu"]
+    settings = [
+        f"model_name={tiny_model_folder}",
+        "lora_ckpt=null",
+        "height=32",
+        "width=32",
+        "num_output_frames=6",
+        "device=cpu",
+    ]
     words = ["off", "off+tiny", "window+off+overlap", "off+fp8"]
     options = ["--preset", "embedded", "--json", str(tmp_path / "variants.json"), "--steady_blocks", "1"]
     assert variants.main([*options, "--variants", *words, "--settings", *settings]) == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.build import build_pipeline
 from tests import ranks as gloo
@@ -145,6 +146,24 @@ def test_training_starts_from_its_own_checkpoint(tmp_path: Path, folders):
     torch.save({"generator": weights}, tmp_path / "init.pt")
     trainer = distil(tmp_path, folders, f"distillation.init_ckpt={tmp_path / 'init.pt'}", "generator_ckpt=absent.pt")
     assert all((p == 0.5).all() for p in trainer.generator.parameters())
+
+
+def test_training_starts_from_a_low_rank_update(tmp_path: Path, folders):
+    """Of the student, not of its teacher; what it exports needs the update no more."""
+    update = {"A": torch.ones(1, 16), "B": torch.ones(32, 1)}
+    save_file(
+        {f"blocks.0.ffn.0.lora_{side}.weight": half for side, half in update.items()}, tmp_path / "one.safetensors"
+    )
+    plain, trainer = (distil(tmp_path, folders, *more) for more in ([], [f"lora_ckpt={tmp_path / 'one.safetensors'}"]))
+    name = "blocks.0.ffn.0.weight"
+    for network, value in ((lambda run: run.generator, 1.0), (lambda run: run.objective.scores.real, 0.0)):
+        change = network(trainer).model.get_parameter(name).float() - network(plain).model.get_parameter(name).float()
+        torch.testing.assert_close(change, torch.full_like(change, value))
+    trainer.train(visualize=False)
+    exported = load_file(tmp_path / "export" / "diffusion_pytorch_model.safetensors")[name].float()
+    averaged = trainer.learners[0].ema.average[f"generator.model.{name}"]
+    torch.testing.assert_close(exported, averaged, rtol=1e-2, atol=1e-3)
+    assert not (tmp_path / "export" / "one.safetensors").exists()
 
 
 def test_settings_that_cannot_work(tmp_path: Path, folders, vae_folder: Path, tiny_model_folder: Path):

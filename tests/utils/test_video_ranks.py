@@ -22,6 +22,7 @@ from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step
 from pipeline.teacache import TeaCache
 from tests import ranks as gloo
+from tests.test_inference import MANY_STEPS
 from utils.conditioning import Conditioning
 from utils.config import ConfigError, load_config
 from utils.distributed import init_distributed
@@ -174,7 +175,7 @@ def work(alone: list[Tensor], arguments: list[str]) -> None:
     with pytest.raises(ValueError, match="two sides of guidance on two ranks, this video has 1"):
         both.own_sides([0])
     settings = [argument for argument in arguments if "=" in argument]
-    config = load_config("configs/puppet_tiny.yaml", [*settings, "num_output_frames=6", "device=cpu"])
+    config = load_config("configs/puppet_many_steps.yaml", [*settings, "num_output_frames=6", "device=cpu"])
     config = usp.choose_ranks(replace(config, guidance_parallel=True), [], ranks.size)
     usp.report(config, ranks, usp.parse_arguments(["--repeats", "1", "--out", "usp.json"]))
 
@@ -183,7 +184,7 @@ def work(alone: list[Tensor], arguments: list[str]) -> None:
 
 def test_many_ranks_are_one_process(tiny_model_folder, tmp_path):
     settings = ["--device", "cpu", "--num_output_frames", "6", "--prompt", "a red puppet", "--prompt", "a blue puppet"]
-    settings += [f"model_name={tiny_model_folder}", "height=48", "width=80", "sampling_steps=2"]
+    settings += [f"model_name={tiny_model_folder}", "height=48", "width=80", *MANY_STEPS]
     done = gloo.run(__file__, 4, str(tmp_path), *settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1 videos made, 0 kept") == 2

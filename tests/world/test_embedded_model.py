@@ -28,7 +28,8 @@ def arguments(tiny_model_folder, tmp_path):
         "--device", "cpu", "--threads", "1", "--judges", str(tmp_path / "judges"),
         "--out", str(tmp_path / "figures.json"),
         "--num_prompts", "2", "--num_streams", "0", "--num_gate_clips", "1", "--batch_size", "2", "--num_latents", "12",
-        "--sheets", str(tmp_path / "docs"), "--set", f"model_name={tiny_model_folder}", "sampling_steps=1",
+        "--sheets", str(tmp_path / "docs"), "--set", "lora_ckpt=null", "denoising_step_list=[1000]",
+        f"model_name={tiny_model_folder}",
     ]  # fmt: skip
 
 
@@ -51,5 +52,5 @@ def test_all_sections_are_measured_once_and_kept(benchmark, arguments, tmp_path,
 
     save_judges(Judges(), tmp_path / "judges")  # other weights in the same place: old figures are not theirs
     report, settings = benchmark.Report(tmp_path / "figures.json", overwrite=False), figures["prompts"]["settings"]
-    weights = benchmark.fingerprint(Path(arguments[-2].removeprefix("model_name=")), tmp_path / "judges")
+    weights = benchmark.fingerprint(Path(arguments[-1].removeprefix("model_name=")), tmp_path / "judges")
     assert report.has("prompts", settings) and not report.has("prompts", settings | {"weights": weights})

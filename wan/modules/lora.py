@@ -74,8 +74,8 @@ def merge_lora(model: nn.Module, tensors: Mapping[str, Tensor], alpha: float = 1
         raise ValueError(f"no LoRA tensors (*.lora_A.weight, *.lora_B.weight) among {len(tensors)}")
     if any(isinstance(module, Float8Linear) for module in model.modules()):
         raise ValueError(
-            "a LoRA cannot be merged into float8 weights; name it in the config (pose_ckpt), which merges it before "
-            "they are rounded, or set linear_dtype=auto"
+            "a LoRA cannot be merged into float8 weights; name it in the config (lora_ckpt, pose_ckpt), which merges "
+            "it before they are rounded, or set linear_dtype=auto"
         )
     weights = dict(model.named_parameters())
     for module, update in updates.items():
