@@ -40,7 +40,6 @@ SIZES = WanConfig(
     dim=64, ffn_dim=128, num_heads=2, num_layers=4, in_dim=4, out_dim=4, freq_dim=32, text_dim=32, text_len=16
 )
 SAVE_EVERY = 4  # steps
-NUM_STEPS = 60
 
 
 class ToyRun(Trainer):
@@ -65,24 +64,24 @@ class ToyRun(Trainer):
         self.generator.model.save_pretrained(folder)
 
 
-def train(folder: Path, keep_last: int, steps: Synchronized | None) -> None:
+def train(folder: Path, num_steps: int, keep_last: int, steps: Synchronized | None) -> None:
     """The run, from where its folder stands to its end."""
     torch.set_num_threads(1)
-    settings = [f"max_steps={NUM_STEPS}", f"checkpoint.every_steps={SAVE_EVERY}", f"checkpoint.keep_last={keep_last}"]
+    settings = [f"max_steps={num_steps}", f"checkpoint.every_steps={SAVE_EVERY}", f"checkpoint.keep_last={keep_last}"]
     settings += ["optimizer.schedule=constant", "batch_size=2", "ema.weight=0.9"]
     trainer = ToyRun(load_config(overrides=settings), Ranks(torch.device("cpu")), folder)
     trainer.steps = steps
     trainer.train()
 
 
-def kill_at_random(folder: Path, chance: random.Random, wait_for_save: bool) -> tuple[int, bool]:
+def kill_at_random(folder: Path, num_steps: int, chance: random.Random, wait_for_save: bool) -> tuple[int, bool]:
     """Start or resume the run in a process of its own and kill it. Returns steps done, and whether it was saving.
 
     wait_for_save: kill at a random moment of the next save instead of a random moment at all.
     """
     fork = multiprocessing.get_context("fork")
     steps = fork.Value("i", 0)
-    process = fork.Process(target=train, args=(folder, 2, steps))
+    process = fork.Process(target=train, args=(folder, num_steps, 2, steps))
     started = time.time()
     process.start()
     if wait_for_save:
@@ -117,29 +116,29 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def measure(kills: int, seed: int, home: Path) -> dict[str, float]:
+def measure(kills: int, num_steps: int, seed: int, home: Path) -> dict[str, float]:
     chance = random.Random(seed)
     reference = home / "reference"
-    train(reference, NUM_STEPS, None)
+    train(reference, num_steps, num_steps, None)
     states = {path.name: path for path in state_folders(reference)}
     result = {"kills": 0, "kills_while_saving": 0, "lost": 0, "runs_finished": 0, "most_steps_redone": 0}
     run, folder = 0, home / "run_0"
     while result["kills"] < kills:
         before = newest_step(folder)
-        steps, saving = kill_at_random(folder, chance, wait_for_save=result["kills"] % 2 == 1)
+        steps, saving = kill_at_random(folder, num_steps, chance, wait_for_save=result["kills"] % 2 == 1)
         after = newest_step(folder)
-        if after < NUM_STEPS:
+        if after < num_steps:
             result["kills"] += 1
             result["kills_while_saving"] += saving
             result["most_steps_redone"] = max(result["most_steps_redone"], steps - after)
         if after < before or (after and not is_state(folder, states[f"step_{after:08d}"])):
             result["lost"] += 1
-        if after == NUM_STEPS:
+        if after == num_steps:
             result["runs_finished"] += 1
             run += 1
             folder = home / f"run_{run}"
-    train(folder, 2, None)  # the last one may finish
-    result["lost"] += not is_state(folder, states[f"step_{NUM_STEPS:08d}"])
+    train(folder, num_steps, 2, None)  # the last one may finish
+    result["lost"] += not is_state(folder, states[f"step_{num_steps:08d}"])
     return {**result, "runs_finished": result["runs_finished"] + 1, "save_every_steps": SAVE_EVERY}
 
 
@@ -158,12 +157,13 @@ def is_state(folder: Path, reference: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=60, help="of a run that nobody kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kill_resume.json")
     args = parser.parse_args(argv)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
-        result = measure(args.kills, args.seed, Path(home))
+        result = measure(args.kills, args.steps, args.seed, Path(home))
     result["seconds"] = round(time.monotonic() - started, 1)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ def live_bytes() -> int:
 
 
 def test_memory_and_work_stay_the_same(tiny_model_folder):
-    settings = [f"model_name={tiny_model_folder}", "device=cpu", "height=32", "width=32"]
+    settings = [f"model_name={tiny_model_folder}", "lora_ckpt=null", "device=cpu", "height=32", "width=32"]
     config = load_config("configs/presets/embedded.yaml", [*settings, "denoising_step_list=[1000,500]"])
     pipeline = build_pipeline(config)
     stream = pipeline.stream(text_prompts=["a red puppet"], seeds=[0], num_frames=None, height=32, width=32)

@@ -10,6 +10,7 @@ import torch
 
 import inference
 from pipeline.build import build_pipeline
+from tests.test_inference import MANY_STEPS
 from tests.trainer.toy import FEW_STEPS, make, state
 from trainer.consistency import ConsistencyTrainer
 from trainer.data import check_calls
@@ -55,7 +56,7 @@ def test_an_export_is_found_and_followed_by_inference(exported: Path, tmp_path: 
     assert (exported.parent / "samples" / "step_000002.png").is_file()
     points = joints(sample_scenes(1, 3), torch.arange(21))[0]
     np.savez(tmp_path / "dance.npz", keypoints=points.numpy(), width=128, height=128, fps=16)
-    settings = [f"model_name={exported}", "height=32", "width=32", "sampling_steps=2", "model_kwargs.local_attn_size=6"]
+    settings = [f"model_name={exported}", "height=32", "width=32", *MANY_STEPS, "model_kwargs.local_attn_size=6"]
     common = ["--prompt", "a puppet", "--seed", "3", "--device", "cpu", "--num_output_frames", "6", *settings]
     for name, more in (("without", []), ("with", ["--pose", str(tmp_path / "dance.npz")])):
         assert inference.main([*common, "--output_folder", str(tmp_path / name), *more]) == 0

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_killed_run_is_the_run(tmp_path: Path):
-    command = [sys.executable, "benchmarks/kill_resume.py", "--kills", "2", "--output", str(tmp_path / "kills.json")]
+    command = [sys.executable, "benchmarks/kill_resume.py", "--kills", "2", "--steps", "24"]
+    command += ["--output", str(tmp_path / "kills.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "kills.json").read_text())
