@@ -245,7 +245,7 @@ def groups(
 ) -> list[dict]:
     """Figures of one training seed under every sampling seed, and a contact sheet each."""
     weights = fingerprint(*sorted(model.glob("diffusion_pytorch_model*.safetensors")))
-    facts = {"weights": weights, "passes": passes_per_block(sampler_config(method, model, args))}
+    facts = {"weights": weights, "passes": passes_per_block(sampler_config(method, model, args)), "set": args.overrides}
     pipeline = functools.cache(partial(sampler, method, model, args))  # not built where all is measured
 
     def make(sample_seed: int, name: str) -> dict:

@@ -64,6 +64,15 @@ def merge_lora_of(config: Config, generator: WanDiffusionWrapper) -> None:
     """Merge `lora_ckpt` into the weights, if there is one. FileNotFoundError or ValueError says what does not fit."""
     if config.lora_ckpt is None:
         return
+    path = find_lora_file(config)
+    try:
+        merge_lora(generator.model, read_tensors(path), config.lora_scale)
+    except ValueError as error:
+        raise ValueError(f"lora_ckpt {path}: {error}") from error
+
+
+def find_lora_file(config: Config) -> Path:
+    """What `lora_ckpt` names: a file, or one of the model folder's."""
     path = Path(config.lora_ckpt)
     if not path.is_file():
         path = find_model_folder(config.model_name) / path
@@ -72,10 +81,7 @@ def merge_lora_of(config: Config, generator: WanDiffusionWrapper) -> None:
             f"lora_ckpt {config.lora_ckpt}: there is no such file, and none of that name in {path.parent}; name the "
             "file, or set lora_ckpt=null (a many-step model of your own: --config_path configs/puppet_many_steps.yaml)"
         )
-    try:
-        merge_lora(generator.model, read_tensors(path), config.lora_scale)
-    except ValueError as error:
-        raise ValueError(f"lora_ckpt {path}: {error}") from error
+    return path
 
 
 def accelerate(generator: WanDiffusionWrapper, config: Config) -> None:
@@ -187,10 +193,15 @@ def build_teacache(config: Config) -> TeaCache | None:
 
 def weights_fingerprint(config: Config) -> str:
     """What tells a run's transformer from another."""
-    if config.generator_ckpt:
-        return fingerprint(config.generator_ckpt)
     folder = find_model_folder(config.model_name)
-    return fingerprint(*sorted(folder.glob("diffusion_pytorch_model*.safetensors")))
+    files = (
+        [config.generator_ckpt]
+        if config.generator_ckpt
+        else sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    )
+    if config.lora_ckpt is None:
+        return fingerprint(*files)
+    return f"{fingerprint(*files, find_lora_file(config))}*{config.lora_scale:g}"
 
 
 def assemble_pipeline(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.build import build_pipeline
+from pipeline.build import build_pipeline, weights_fingerprint
 from tests.scripts.loading import load_script
 from utils.config import load_config
 
@@ -77,6 +77,13 @@ def test_what_cannot_work(script, tiny_model_folder: Path, tuned: Path, tmp_path
     del weights["head.head.weight"]
     save_file(weights, tuned / WEIGHTS)
     assert "missing head.head.weight" in mistake(tiny_model_folder, tuned, "a.safetensors")
+
+
+def test_weights_with_an_update_are_other_weights(tuned: Path):
+    shutil.copyfile(tuned / WEIGHTS, tuned / "update.safetensors")
+    more = ([], ["lora_ckpt=update.safetensors"], ["lora_ckpt=update.safetensors", "lora_scale=0.5"])
+    prints = {weights_fingerprint(load_config(overrides=[f"model_name={tuned}", *settings])) for settings in more}
+    assert len(prints) == 3
 
 
 def test_an_update_that_is_missing_or_of_another_model(tiny_model_folder: Path, tmp_path: Path):
