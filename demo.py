@@ -118,6 +118,7 @@ class Studio:
                 num_frames=self.latent_frames(seconds),
                 height=self.config.height,
                 width=self.config.width,
+                first_frame_alone=True,
             ):
                 for frame in to_uint8(pixels[0]):
                     hand_over(frame)
@@ -144,11 +145,11 @@ def warm_up(pipeline, config: Config) -> None:
     """Make a video that nobody sees: compiling and recording happens now, not before a visitor's eyes."""
     began = time.perf_counter()
     size = {"height": config.height, "width": config.width}
-    blocks = pipeline.stream(text_prompts=["warming up"], seeds=[0], num_frames=config.num_output_frames, **size)
-    first = int(config.independent_first_frame)
-    total = first + (config.num_output_frames - first) // config.num_frame_per_block
-    for number, _ in enumerate(blocks, start=1):
-        logger.info("compile=%s: block %d of %d, %.0f s", config.compile, number, total, time.perf_counter() - began)
+    options = {"num_frames": config.num_output_frames, "first_frame_alone": True, **size}
+    done = 0
+    for pixels in pipeline.stream(text_prompts=["warming up"], seeds=[0], **options):
+        done, seconds = done + pixels.shape[1], time.perf_counter() - began
+        logger.info("compile=%s: %d frames of a first video, %.0f s", config.compile, done, seconds)
 
 
 def build_page(studio: Studio):

@@ -176,13 +176,17 @@ class Stand:
         sizes = {"height": self.config.height, "width": self.config.width}
         return {"text_prompts": [PROMPT], "seeds": [0], "num_frames": num_frames or self.num_frames, **sizes}
 
+    @property
+    def options_of_client(self) -> dict:
+        return self.options(self.config.num_output_frames) | {"first_frame_alone": True}
+
     def pixel_frames(self, blocks: int, *, first: bool) -> int:
         return self.stride * self.block * blocks - (self.stride - 1) * first
 
     @torch.no_grad()
     def clip(self, kept: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Pixels of the clip, block by block; latents and pixels are kept."""
-        for latents, pixels in self.pipeline._decoded(None, **self.options(self.config.num_output_frames)):
+        """Pixels of the clip as `stream` yields them to a client; latents and pixels are kept."""
+        for latents, pixels in self.pipeline._decoded(None, **self.options_of_client):
             kept.append((latents, pixels))
             yield pixels
 
@@ -192,8 +196,7 @@ class Stand:
         transformer = timed(self.pipeline._walk(None, **self.options()), self.device).seconds
         stream = timed(self.pipeline.stream(**self.options()), self.device)
         with_vae = stream.seconds
-        options = self.options(self.config.num_output_frames)
-        arrivals = client(self.pipeline.stream(**options) if kept is None else self.clip(kept))
+        arrivals = client(self.pipeline.stream(**self.options_of_client) if kept is None else self.clip(kept))
         clip = self.clip_blocks
         figures = {
             "fps_transformer": self.pixel_frames(clip, first=True) / sum(transformer[:clip]),
@@ -283,7 +286,7 @@ def run(config: Config, arguments: argparse.Namespace) -> dict:
         start = now(device)
         stand = Stand(load(config, device, arguments.random_weights), config, arguments.steady_blocks)
         loaded = now(device)
-        cold = client(stand.pipeline.stream(**stand.options(config.num_output_frames)))
+        cold = client(stand.pipeline.stream(**stand.options_of_client))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         rounds = [stand.measure() for _ in range(arguments.repeats)]

@@ -186,7 +186,7 @@ class Variants:
         if "float32" in variant.split("+"):
             latents, pixels = self.video(stand)
         else:
-            cold = client(stand.pipeline.stream(**stand.options(config.num_output_frames)))
+            cold = client(stand.pipeline.stream(**stand.options_of_client))
             result |= {"cold_first_frame_s": cold[0], "cold_video_s": now(device) - started}
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(path, arguments.settings)
     device = resolve_device(config.device)
     parts = Parts(device, arguments.random_weights)
-    machine, results, failures = describe_machine(device), {}, []
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    results, failures = {}, []
+    print(", ".join(f"{key} {value}" for key, value in describe_machine(device).items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.random_weights:
             make_random_folder(config.model_name, Path(folder), device)
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{variant}: left out, the time is over", flush=True)
                 continue
             try:
-                results[variant] = variants.measure(variant) | {"machine": machine}
+                results[variant] = variants.measure(variant) | {"machine": describe_machine(device)}  # clocks: as it ran
             except Exception:  # the others are still worth the GPU's time; the whole story is told
                 failures.append(variant)
                 print(f"{variant}: failed\n{traceback.format_exc()}", flush=True)

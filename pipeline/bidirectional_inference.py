@@ -48,7 +48,10 @@ class BidirectionalInferencePipeline:
         return self.generator.model.device
 
     def stream(self, noise: Tensor | None = None, text_prompts: Sequence[str] = (), **options) -> Iterator[Tensor]:
-        """Yield the whole video [B, F_px, 3, height, width] in [0, 1] at once: this model knows no blocks."""
+        """Yield the whole video [B, F_px, 3, height, width] in [0, 1] at once: this model knows no blocks, and no
+        first_frame_alone.
+        """
+        options.pop("first_frame_alone", None)
         yield self.inference(noise, text_prompts, **options)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.driving import DrivingVideo, latents_for, skipped_steps, whole_blocks
 from pipeline.graphs import CapturedPasses, Recorder
 from pipeline.image import ImageCondition, choose_image_mode, encode_image
-from pipeline.overlap import decoded_meanwhile
+from pipeline.overlap import decoded_meanwhile, with_first_frame_alone
 from pipeline.pose import DrivingPose, PoseSteering, load_pose_networks, prepare_drawings
 from pipeline.rollout import FrameBlock, Path, guided, plan_blocks, rollout
 from pipeline.samplers import SampleNoise, few_step, few_step_times, multi_step
@@ -136,6 +136,7 @@ class CausalDiffusionInferencePipeline:
         dwpose_data: drawings of a moving skeleton [B or 1, F_px, 3, h, w], uint8 or in [0, 1], or an iterable of such
         pieces; a video without num_frames is as long. random_ref_dwpose [B or 1, 3, h, w]: the same of the image's own
         pose. pose_strength, pose_start, pose_end, pose_lookahead, pose_guidance_scale: see PoseSteering.
+        first_frame_alone: yield the first frame before the others of its block are decoded, for who waits to see one.
         Raises ValueError for what does not fit, before anything is made.
         """
         for _, pixels in self._decoded(noise, text_prompts, **options):
@@ -161,6 +162,7 @@ class CausalDiffusionInferencePipeline:
         text_prompts: Sequence[str],
         *,
         video: Tensor | Iterable[Tensor] | None = None,
+        first_frame_alone: bool = False,
         **options,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents and pixels of every block; after a driving video, as many frames as it has."""
@@ -175,6 +177,8 @@ class CausalDiffusionInferencePipeline:
             return pixels
 
         walk = self._walk(noise, text_prompts, video=video, **options)
+        if first_frame_alone:
+            walk = with_first_frame_alone(walk)
         drivers = [driver for driver in (video, options.get("dwpose_data")) if driver is not None]
         if self._walk_stream is None or not all(isinstance(driver, Tensor) for driver in drivers):
             for latents, driving in walk:

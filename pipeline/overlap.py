@@ -1,12 +1,20 @@
-"""Decoding beside denoising: two streams of one GPU, or two GPUs."""
+"""When latents become pictures: the first frame before the rest of its block; beside denoising, on one GPU or two."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Driver = TypeVar("Driver")
+
+
+def with_first_frame_alone(walk: Iterator[tuple[Tensor, Driver]]) -> Iterator[tuple[Tensor, Driver]]:
+    """The pieces [B, f, ...] of a walk, the first of them in two if it is of more than one frame."""
+    for latents, driver in islice(walk, 1):
+        yield from ((part, driver) for part in latents.tensor_split((1,), dim=1) if part.shape[1])
+    yield from walk
 
 
 def decoded_meanwhile(

@@ -28,9 +28,9 @@ ONLY_IN = {
     "wandb": {"utils/tracking.py"},
     "gradio": {"demo.py"},
     "av": {"utils/video.py"},
-    "triton": {"wan/modules/triton_attention.py"},
+    "triton": {"wan/modules/triton_attention.py", "wan/modules/triton_blocks.py"},
 }
-BEHIND_ITS_PACKAGE = {"wan/modules/triton_attention.py"}  # imported by who has seen that the package is there
+BEHIND_ITS_PACKAGE = ONLY_IN["triton"]  # imported by who has seen that the package is there
 OPTIONAL = ("gradio", "wandb", "av", "ftfy", "transformers", "diffusers", "triton")
 OPTIONAL += ("flash_attn", "flash_attn_interface")
 

@@ -26,7 +26,8 @@ class FakePipeline:
         self.running = 0
         self.calls = []
 
-    def stream(self, *, text_prompts, seeds, num_frames, height, width):
+    def stream(self, *, text_prompts, seeds, num_frames, height, width, first_frame_alone):
+        assert first_frame_alone
         self.calls.append((text_prompts[0], seeds[0], self.sampling_steps, num_frames))
         self.running += 1
         try:
@@ -168,6 +169,6 @@ def test_what_compiles_does_it_before_the_page_opens(caplog):
         demo.warm_up(pipeline, load_config(overrides=["compile=max", "num_output_frames=6"]))
     assert pipeline.calls == [("warming up", 0, 0, 6)]
     assert [record.message.split(",")[0] for record in caplog.records] == [
-        "compile=max: block 1 of 2",
-        "compile=max: block 2 of 2",
+        "compile=max: 9 frames of a first video",
+        "compile=max: 21 frames of a first video",
     ]

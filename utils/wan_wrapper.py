@@ -296,7 +296,10 @@ class WanVAEWrapper(nn.Module):
         """
         if cache is None:
             cache = (self.cache if use_cache else None) or self.make_cache()
-        chunks = self._to_model(latents).split(self.latents_per_chunk, dim=2)
+        latents, chunks = self._to_model(latents), []
+        if cache.decoder[0] is None:  # alone, so that a video is the same whether its first frame is asked for first
+            chunks, latents = [latents[:, :, :1]], latents[:, :, 1:]
+        chunks += latents.split(self.latents_per_chunk, dim=2) if latents.shape[2] else []
         options = {} if strip is None else {"strip": strip}
         with measured_convolutions(self._measures):
             pixels = torch.cat([self._decode(chunk, cache, **options).float() for chunk in chunks], dim=2)

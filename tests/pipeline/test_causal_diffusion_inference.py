@@ -171,6 +171,19 @@ def test_a_stream_is_the_clip_cut_in_blocks(few):
     assert torch.equal(torch.cat(blocks, dim=1), clip)
 
 
+def test_the_first_frame_can_come_before_the_rest_of_its_block():
+    pipeline, options = toy_pipeline(), {"text_prompts": ["a"], "seeds": [1], **SIZE}
+    clip = pipeline.inference(num_frames=6, **options)
+    for given in (None, torch.randn(1, 1, 4, 4, 4)):
+        whole = pipeline.inference(num_frames=6 if given is None else 7, initial_latent=given, **options)
+        blocks = list(
+            pipeline.stream(num_frames=whole.shape[1], initial_latent=given, first_frame_alone=True, **options)
+        )
+        assert [block.shape[1] for block in blocks] == ([1, 1, 2, 2] if given is None else [1, 2, 2, 2])
+        torch.testing.assert_close(torch.cat(blocks, dim=1), whole)
+    assert torch.equal(pipeline.inference(num_frames=6, first_frame_alone=True, **options), clip)
+
+
 @pytest.mark.parametrize("few", [True, False])
 def test_a_video_depends_on_its_own_prompt_and_seed_only(few):
     pipeline = toy_pipeline(few=few)

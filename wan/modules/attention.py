@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_8bit import MIN_KEYS, ROUNDINGS, attention_8bit, check_8bit
+from .cudnn_attention import HALF, cudnn_attention, cudnn_takes, is_hopper
 
-HALF = (torch.float16, torch.bfloat16)
 FLASH = {  # the modules of flash-attn's releases, and the major compute capabilities that each is for; the first goes
     "flash3": ("flash_attn_interface", (8, 9)),
     "flash4": ("flash_attn.cute", (9, 10, 11, 12)),
@@ -65,7 +65,7 @@ def _flash_release(device: torch.device) -> str | None:
 @lru_cache(maxsize=8)
 def _sdpa_priority(device: torch.device) -> list[SDPBackend] | None:
     """On Hopper cuDNN's kernel is the fastest, but torch asks flash first; elsewhere torch's order stands."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+    if is_hopper(device):
         return [
             SDPBackend.CUDNN_ATTENTION,
             SDPBackend.FLASH_ATTENTION,
@@ -140,6 +140,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     if kernel is not None:
         out = kernel(q, k, v)
         return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
+    if cudnn_takes(q, k, v):
+        return cudnn_attention(q, k, v)
     priority = None
     if not torch.compiler.is_compiling():
         priority = [SDPBackend.CUDNN_ATTENTION] if backend == "cudnn" else _sdpa_priority(q.device)

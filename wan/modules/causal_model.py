@@ -7,10 +7,38 @@ from ..configs import WanConfig
 from .attention import Attend, attention, masked_attention
 from .kv_cache import KVCache, KVContext
 from .masks import BlockCausalMask, check_window
-from .model import Shortcut, WanModel
+from .model import Shortcut, WanModel, WanSelfAttention
 from .rope import Rope, rope_frequencies
 
 ROPE_BASES = ("absolute", "window")
+
+
+class AttendCached:
+    """Self-attention (`Attend`) of a block and its past, rotated keys in a cache, where the block's own go, too."""
+
+    def __init__(self, model: "CausalWanModel", past: KVContext, rope: Rope):
+        self.model, self.past, self.rope = model, past, rope
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        model, places = self.model, self.past.places(layer, k.shape[0])
+        if places is None:
+            keys, values = self.past.extend(layer, model.rotate(k, self.rope), v)
+        else:
+            own, (keys, values) = places
+            model.remember(*own, k, v, self.rope)
+        return attention(model.rotate(q, self.rope), keys, values, model.attention_backend)
+
+    def joined(self, layer: int, projection: Tensor, self_attn: WanSelfAttention) -> Tensor:
+        """The same on a GPU, of q, k and v in one [B, L, 3 N D], before their norms."""
+        places = self.past.places(layer, projection.shape[0])
+        if places is None:
+            return self(layer, *self_attn.split(projection))
+        from .triton_blocks import finish_projection
+
+        own, (keys, values) = places
+        norm_q, norm_k = self_attn.norm_q, self_attn.norm_k
+        q = finish_projection(projection, norm_q.weight, norm_k.weight, norm_q.eps, self.rope, *own)
+        return attention(q, keys, values, self.model.attention_backend)
 
 
 class CausalWanModel(WanModel):
@@ -130,18 +158,16 @@ class CausalWanModel(WanModel):
 
     def attend_cached(self, past: KVContext, rope: tuple[Rope, Rope]) -> Attend:
         """Self-attention of a block and its past; the block's keys are written on the way. rope: stream_rope's."""
+        if self.rope_base == "absolute":
+            return AttendCached(self, past, rope[0])
         own_rope, slab_rope = rope
-        backend = self.attention_backend
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = past.extend(layer, self.rotate(k, own_rope), v)
-            return attention(self.rotate(q, own_rope), keys, values, backend)
 
         def attend_in_window(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = past.extend(layer, k, v)
-            return attention(self.rotate(q, own_rope), self.rotate(keys, slab_rope), values, backend)
+            q, keys = self.rotate(q, own_rope), self.rotate(keys, slab_rope)
+            return attention(q, keys, values, self.attention_backend)
 
-        return attend if self.rope_base == "absolute" else attend_in_window
+        return attend_in_window
 
     def cache_capacity(self, num_frames: int | None, *, keep_all: bool = False) -> int:
         """Latent frames that a cache holds for a video of num_frames (None: without end)."""

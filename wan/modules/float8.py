@@ -11,7 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOAT8 = torch.float8_e4m3fn
+from . import fused
+from .fused import FLOAT8, fuses
+
 LARGEST = torch.finfo(FLOAT8).max
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 MULTIPLE = 16  # of rows and columns of a weight, which the GPU's kernels want
@@ -64,9 +66,13 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], dtype kept."""
-        rows, scale = quantise(x.flatten(0, -2))
-        multiply = scaled_product if x.is_cuda else emulated_product
-        return multiply(rows, scale, self.weight, self.scale, self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+        rows, scale = fused.quantise(x.flatten(0, -2), False) if fuses(x) else quantise(x.flatten(0, -2))
+        return self.multiply(rows, scale).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def multiply(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Rows [M, K] that are rounded already, with their scales [M, 1] -> [M, N] in bfloat16 (on a CPU float32)."""
+        product = scaled_product if rows.is_cuda else emulated_product
+        return product(rows, scale, self.weight, self.scale, self.bias)
 
 
 def scaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -157,6 +157,26 @@ class KVContext:
         used = sorted(self._past + self._own)
         return not torch.is_grad_enabled() and used == list(range(len(used)))
 
+    def places(self, layer: int, batch_size: int) -> tuple[Keys, Keys] | None:
+        """Of a pass without gradient: where the block's keys and values go in the slab, [B, n * frame_seqlen, N, D],
+        and what `extend` returns once they lie there. None where they are not side by side, or keys must be copied.
+        """
+        own = list(runs(self._own))
+        if len(own) > 1 or not self._reads_in_place():
+            return None
+        slabs, size = self._slabs(layer, batch_size), self._cache.frame_seqlen
+        first, last = own[0][0] * size, own[0][1] * size
+        seen = (len(self._past) + len(self._own)) * size
+        return tuple(slab[:, first:last] for slab in slabs), tuple(slab[:, :seen] for slab in slabs)
+
+    def _slabs(self, layer: int, batch_size: int) -> Keys:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if batch_size != keys.shape[0]:
+            raise ValueError(
+                f"the KV cache was made for batch {keys.shape[0]}, this pass has batch {batch_size}; make a new cache"
+            )
+        return keys, values
+
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of context and block: key, value [B, n * frame_seqlen, N, D] -> [B, visible, N, D] each.
 
@@ -164,11 +184,7 @@ class KVContext:
         cache keeps_last_pass, when a recomputed pass writes the same once more): the context is a detached copy, so
         that no gradient crosses blocks and a recomputed pass reads what the first one read.
         """
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        if key.shape[0] != keys.shape[0]:
-            raise ValueError(
-                f"the KV cache was made for batch {keys.shape[0]}, this pass has batch {key.shape[0]}; make a new cache"
-            )
+        keys, values = self._slabs(layer, key.shape[0])
         if self._cache.keeps_last_pass or not torch.is_grad_enabled():
             self._write(keys, key.detach())
             self._write(values, value.detach())

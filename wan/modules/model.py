@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..configs import WanConfig, how_to_get
+from . import fused
 from .attention import Attend, attention, check_backend
+from .cudnn_attention import HALF, has_triton, is_hopper
+from .float8 import Float8Linear
+from .fused import fuses, knows_triton
 from .kv_cache import Keys, KVCache
-from .rope import apply_rope, rope_frequencies
+from .rope import apply_rope, remember_rotated, rope_frequencies
 from .sequence_parallel import Ulysses, check_heads
 from .weights import load_weights, save_safetensors
 
@@ -85,8 +89,12 @@ class WanSelfAttention(nn.Module):
         if self.qkv is None:
             q, k, v = self.q(x), self.k(x), self.v(x)
         else:
-            joined = F.linear(x, *self.qkv) if isinstance(self.qkv, tuple) else self.qkv(x)
-            q, k, v = joined.chunk(3, dim=-1)
+            return self.split(F.linear(x, *self.qkv) if isinstance(self.qkv, tuple) else self.qkv(x))
+        return self.heads(self.norm_q(q)), self.heads(self.norm_k(k)), self.heads(v)
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a joined projection [B, L, 3 dim]."""
+        q, k, v = joined.chunk(3, dim=-1)
         return self.heads(self.norm_q(q)), self.heads(self.norm_k(k)), self.heads(v)
 
     @torch.no_grad()
@@ -136,11 +144,34 @@ class WanCrossAttention(WanSelfAttention):
         )
 
     def forward(self, x: Tensor, text: Keys, image: Keys | None, backend: str) -> Tensor:
-        q = self.heads(self.norm_q(self.q(x)))
+        return self.attend(self.q(x), text, image, backend)
+
+    def attend(self, q: Tensor, text: Keys, image: Keys | None, backend: str) -> Tensor:
+        """q [B, L, dim]: queries before their norm."""
+        q = self.heads(self.norm_q(q))
         out = attention(q, *text, backend)
         if image is not None:
             out = out + attention(q, *image, backend)
         return self.o(out.flatten(2))
+
+
+def linear_of(linear: nn.Module | tuple[Tensor, Tensor], normed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """A linear layer of what `fused.normalise` gave, [B, L, K] -> [B, L, N]."""
+    if isinstance(linear, Float8Linear):
+        return linear.multiply(normed.flatten(0, -2), scales).to(dtype).unflatten(0, normed.shape[:-1])
+    return F.linear(normed, *linear) if isinstance(linear, tuple) else linear(normed)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    def of_normed(self, normed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` of what `fused.normalise` gave."""
+        first, _, last = self
+        if not isinstance(last, Float8Linear):
+            return last(fused.linear_gelu(normed, first.weight, first.bias))
+        hidden, scales = fused.quantise(linear_of(first, normed, scales, dtype).flatten(0, -2), True)
+        return linear_of(last, hidden.unflatten(0, normed.shape[:-1]), scales, dtype)
 
 
 class WanAttentionBlock(nn.Module):
@@ -151,10 +182,11 @@ class WanAttentionBlock(nn.Module):
         self.norm3 = WanLayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = WanCrossAttention(config)
         self.norm2 = WanLayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
+        self.ffn = FeedForward(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.joins = False  # whether the first half ends with q, k and v in one: see finish_projection
 
     def prompt_keys(self, text: Tensor | None, image: Tensor | None) -> tuple[Keys | None, Keys | None]:
         """A door of its own, so that sharded weights are gathered for it as they are for `forward`."""
@@ -171,13 +203,46 @@ class WanAttentionBlock(nn.Module):
         backend: str,
     ) -> Tensor:
         """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: embedded [B, T, dim], or this layer's keys of it."""
-        q, k, v = self.before_attention(x, time)
-        return self.after_attention(x, time, attend(layer, q, k, v), text, image, backend)
+        if hasattr(attend, "joined") and self.joins_for(x):
+            attended = attend.joined(layer, self.joined_projection(x, time), self.self_attn)
+        else:
+            attended = attend(layer, *self.before_attention(x, time))
+        return self.after_attention(x, time, attended, text, image, backend)
 
     def before_attention(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What every layer, pass and past has in common, and so one compiled graph; as `after_attention` is."""
         shift, scale = (self.modulation[:, :2].float() + time[:, :, :2]).unbind(2)
         return self.self_attn.project(modulate(self.norm1(x), shift, scale))
+
+    def joins_for(self, x: Tensor) -> bool:
+        """Whether a pass ends its first half with q, k and v in one."""
+        return self.joins and x.is_cuda and x.dtype in HALF and not torch.is_grad_enabled()
+
+    def joined_projection(self, x: Tensor, time: Tensor) -> Tensor:
+        """`before_attention` without the norms of q and k, which `finish_projection` makes: [B, L, 3 dim]."""
+        linear = self.self_attn.qkv
+        _, normed, scales = self.normalise(x, None, self.norm1, time, -1, 0, linear)
+        return linear_of(linear, normed, scales, x.dtype)
+
+    def normalise(
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        norm: WanLayerNorm,
+        time: Tensor,
+        gate: int,
+        shift: int,
+        linear: nn.Module | tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`fused.normalise` for a linear layer to come."""
+        float8 = isinstance(linear, Float8Linear)
+        return fused.normalise(x, update, norm.weight, norm.bias, time, self.modulation, gate, shift, norm.eps, float8)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether `after_attention` is made of fused operations, which do not cast."""
+        last = self.ffn[-1]
+        casts = torch.is_autocast_enabled() or not (isinstance(last, Float8Linear) or last.weight.dtype == x.dtype)
+        return fuses(x) and not casts and isinstance(self.norm3, WanLayerNorm)
 
     def after_attention(
         self,
@@ -191,6 +256,13 @@ class WanAttentionBlock(nn.Module):
         """attended [B, L, N, D]: what self-attention found."""
         if isinstance(text, Tensor):
             text, image = self.cross_attn.prompt_keys(text, image)
+        if self.fuses(x):
+            cross_q, ffn = self.cross_attn.q, self.ffn
+            update = self.self_attn.o(attended.flatten(2))
+            x, normed, scales = self.normalise(x, update, self.norm3, time, 2, -1, cross_q)
+            update = self.cross_attn.attend(linear_of(cross_q, normed, scales, x.dtype), text, image, backend)
+            x, normed, scales = self.normalise(x, update, self.norm2, time, -1, 3, ffn[0])
+            return gated(x, ffn.of_normed(normed, scales, x.dtype), self.modulation[:, 5].float() + time[:, :, 5])
         gate1, shift2, scale2, gate2 = (self.modulation[:, 2:].float() + time[:, :, 2:]).unbind(2)
         x = gated(x, self.self_attn.o(attended.flatten(2)), gate1)
         x = x + self.cross_attn(self.norm3(x), text, image, backend)
@@ -256,7 +328,7 @@ class WanModel(nn.Module):
         self.config = config
         self.attention_backend = attention_backend
         self.gradient_checkpointing = False
-        self.rotate = apply_rope  # compile_blocks compiles it too
+        self.rotate, self.remember = apply_rope, remember_rotated  # compile_blocks compiles them too
         self.compute_device: torch.device | None = None  # set where weights compute elsewhere than they lie (sharding)
         self.compute_dtype: torch.dtype | None = None
         self.sequence_parallel: Ulysses | None = None
@@ -552,11 +624,15 @@ class WanModel(nn.Module):
         """
         allow_graphs()
         options = {"dynamic": False, **kwargs}
-        for half in ("before_attention", "after_attention"):
+        for half in ("before_attention", "joined_projection", "after_attention"):
             compiled = torch.compile(getattr(WanAttentionBlock, half), **options)
             for block in self.blocks:
                 setattr(block, half, MethodType(compiled, block))
-        self.rotate = torch.compile(apply_rope, **options)
+        for block in self.blocks:
+            block.joins = self.config.qk_norm and block.self_attn.qkv is not None and has_triton()
+        self.rotate, self.remember = (torch.compile(part, **options) for part in (apply_rope, remember_rotated))
+        is_hopper(self.device)  # what torch.compile would ask about in vain
+        knows_triton()
 
 
 def allow_graphs() -> None:

@@ -51,3 +51,9 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def remember_rotated(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, rope: Rope) -> None:
+    """Write k, rotated, and v, [B, L, N, D] each, to where they are kept."""
+    keys.copy_(apply_rope(k, rope))
+    values.copy_(v)

@@ -50,7 +50,8 @@ class MemoryBlock(nn.Module):
         past = None if history is None else history[self.slot]
         before = torch.zeros_like(frames[:, :1]) if past is None else past
         if history is not None:
-            history[self.slot] = frames[:, -1:].detach().clone()
+            # Not preserve_format: see wan.modules.vae.CausalConv3d.keep.
+            history[self.slot] = frames[:, -1].detach().clone(memory_format=torch.channels_last)[:, None]
         before = torch.cat([before, frames[:, :-1]], dim=1).flatten(0, 1)
         return F.relu(self.conv(torch.cat([x, before], dim=1)) + x)
 

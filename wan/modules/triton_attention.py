@@ -1,9 +1,9 @@
 """Attention in 8 bits for GPUs, in Triton, which this file alone imports: wan.modules.attention_8bit says what it does.
 
 Three kernels, one after the other: means and units of keys and values, their rounding, and attention itself.
-Queries are rounded where they are read.
+Queries are rounded where they are read. A fourth weighs what parts of the keys gave (wan.modules.cudnn_attention).
 
-Shapes: B batch, Lq queries, Lk keys, N heads, D head size, T = ceil(Lk / BLOCK_N) tiles of keys.
+Shapes: B batch, Lq queries, Lk keys, N heads, D head size, T = ceil(Lk / BLOCK_N) tiles of keys, P parts of them.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .cudnn_attention import num_parts
 
 LOG2_E = 1.4426950408889634
 NUM_SAMPLES = 256  # keys that means and units are taken from
@@ -23,10 +25,10 @@ class Tile(NamedTuple):
     queries: int
     keys: int
     num_warps: int
-    num_stages: int  # tiles of keys in shared memory at a time: 98 kB in either case, as cards for desks have
+    num_stages: int  # tiles of keys in shared memory at a time: less than the 99 kB of cards for desks in either case
 
 
-TILES = {True: Tile(128, 128, 8, 3), False: Tile(128, 128, 8, 2)}  # for values in 8 bits, and as they come
+TILES = {True: Tile(64, 128, 4, 3), False: Tile(64, 64, 4, 3)}  # for values in 8 bits, and as they come
 
 LENGTHS = ["num_queries", "num_keys", "num_tiles"]  # one code for all of them
 
@@ -199,7 +201,8 @@ def _attend(
     v,  # [B * N, D, T * BLOCK_N] in e4m3, or the values as they are
     scales,
     statistics,
-    out,
+    out,  # [B, Lq, N, D]; of PARTS > 1, B = 1, [P, Lq, N, D]
+    sums,  # [P, N, Lq] float32: logarithms of the sums of exponentials, of PARTS > 1
     q_batch,
     q_token,
     q_head,
@@ -219,6 +222,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     INT8: tl.constexpr,
     VALUES_8BIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     batch_head, rows = tl.program_id(1), tl.num_programs(1)
     batch, head = (batch_head // num_heads).to(tl.int64), batch_head % num_heads
@@ -246,21 +250,62 @@ def _attend(
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for tile in range(num_tiles - 1):
+    part = tl.program_id(2)
+    last = num_tiles * (part + 1) // PARTS - 1
+    for tile in range(num_tiles * part // PARTS, last):
         acc, total, top = _attend_tile(
             acc, total, top, query, query_scale, k8, v, scales, v_token, tile, num_keys, length,
             D, BLOCK_M, BLOCK_N, INT8, VALUES_8BIT, False,
         )  # fmt: skip
     acc, total, top = _attend_tile(
-        acc, total, top, query, query_scale, k8, v, scales, v_token, num_tiles - 1, num_keys, length,
+        acc, total, top, query, query_scale, k8, v, scales, v_token, last, num_keys, length,
         D, BLOCK_M, BLOCK_N, INT8, VALUES_8BIT, True,
     )  # fmt: skip
     acc = acc / total[:, None]
     if VALUES_8BIT:
         mean = tl.load(statistics + (rows + batch_head) * D + channel)
         acc = acc * tl.load(statistics + (2 * rows + batch_head) * D + channel) + mean
-    outs = out + batch * out_batch + head * out_head + token.to(tl.int64)[:, None] * out_token + channel
+    outs = out + (batch + part) * out_batch + head * out_head + token.to(tl.int64)[:, None] * out_token + channel
     tl.store(outs, acc.to(out.dtype.element_ty), mask=there)
+    if PARTS > 1:
+        sum_of_token = sums + (part * num_heads + head) * num_queries + token
+        tl.store(sum_of_token, (top + tl.log2(total)) * 0.6931471805599453, mask=token < num_queries)
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def _weigh_parts(
+    parts,  # [P, Lq, N, D]
+    sums,  # [P, N, Lq] float32
+    out,  # [1, Lq, N, D]
+    num_queries,
+    num_heads,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    head, token, channel = tl.program_id(1), tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
+    there = token < num_queries
+    place = (token.to(tl.int64)[:, None] * num_heads + head) * D + channel
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        top = tl.maximum(top, tl.load(sums + (part * num_heads + head) * num_queries + token, mask=there, other=0.0))
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for part in tl.static_range(PARTS):
+        weight = tl.exp(tl.load(sums + (part * num_heads + head) * num_queries + token, mask=there, other=0.0) - top)
+        first = (num_queries * num_heads).to(tl.int64) * D * part
+        acc += tl.load(parts + first + place, mask=there[:, None], other=0.0).to(tl.float32) * weight[:, None]
+        total += weight
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=there[:, None])
+
+
+def weigh_parts(parts: Tensor, sums: Tensor) -> Tensor:
+    """What P parts of the keys gave, [P, Lq, N, D], by their sums of exponentials, [P, N, Lq] -> [1, Lq, N, D]."""
+    count, num_queries, num_heads, head_dim = parts.shape
+    parts, sums, out = parts.contiguous(), sums.contiguous(), parts.new_empty(1, num_queries, num_heads, head_dim)
+    grid = triton.cdiv(num_queries, 32), num_heads
+    _weigh_parts[grid](parts, sums, out, num_queries, num_heads, D=head_dim, BLOCK_M=32, PARTS=count, num_warps=4)
+    return out
 
 
 class RoundedKeys(NamedTuple):
@@ -292,14 +337,18 @@ def attend(q: Tensor, v: Tensor, rounded: RoundedKeys, *, int8_scores: bool, val
     """q [B, Lq, N, D], v [B, Lk, N, D], and the keys (and values) of `round_keys` with the same choices."""
     batch_size, num_queries, num_heads, head_dim = q.shape
     num_keys, num_tiles = v.shape[1], rounded.scales.shape[1]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _attend[(triton.cdiv(num_queries, tile.queries), batch_size * num_heads)](
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    parts = num_parts(batch_size, num_queries, num_heads, num_keys, processors)
+    out = q.new_empty(batch_size * parts, *q.shape[1:])
+    sums = q.new_empty(parts, num_heads, num_queries, dtype=torch.float32)
+    _attend[(triton.cdiv(num_queries, tile.queries), batch_size * num_heads, parts)](
         q,
         rounded.keys,
         rounded.values if values_8bit else v,
         rounded.scales,
         rounded.statistics,
         out,
+        sums,
         *q.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:3],
@@ -313,11 +362,12 @@ def attend(q: Tensor, v: Tensor, rounded: RoundedKeys, *, int8_scores: bool, val
         BLOCK_N=tile.keys,
         INT8=int8_scores,
         VALUES_8BIT=values_8bit,
+        PARTS=parts,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
     )
-    return out
+    return out if parts == 1 else weigh_parts(out, sums)
 
 
 def attention(

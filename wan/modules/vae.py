@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.modules.fused import fuses, norm_silu
 from wan.modules.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,23 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, history: History | None) -> Tensor:
         return self.convolve(self.after_past(x, history))
 
+    def of_activated(self, x: Tensor, norm: RMSNorm, history: History | None) -> Tensor:
+        """`forward` of SiLU(norm(x))."""
+        if not fuses(x):
+            return self(F.silu(norm(x)), history)
+        past = None if history is None else history[self.slot]
+        x = norm_silu(x, norm.gamma, past, self.num_past)
+        self.keep(x, history)
+        return self.convolve(x)
+
+    def keep(self, x: Tensor, history: History | None) -> None:
+        """The last `num_past` frames of x become the next chunk's past."""
+        if history is not None:
+            past = x[:, :, -self.num_past :].detach()
+            # Not preserve_format, which keeps the batch's stride of the longer x: chunks of another length would make
+            # compiled code anew for a number that means nothing.
+            history[self.slot] = past.clone(memory_format=torch.channels_last_3d)
+
     def convolve(self, x: Tensor) -> Tensor:
         """[B, C, num_past + T, H, W] -> [B, C', T, H, W]"""
         if x.device.type != "cpu" or x.shape[0] > 1 or x[0, :, :, :, 0].numel() > NATIVE_CONV3D_LIMIT:
@@ -129,11 +147,7 @@ class CausalConv3d(nn.Conv3d):
             x = F.pad(x, (0, 0, 0, 0, self.num_past, 0))
         else:
             x = torch.cat([past, x], dim=2)
-        if history is not None:
-            past = x[:, :, -self.num_past :].detach()
-            # Not preserve_format, which keeps the batch's stride of the longer x: chunks of another length would make
-            # compiled code anew for a number that means nothing.
-            history[self.slot] = past.clone(memory_format=torch.channels_last_3d)
+        self.keep(x, history)
         return x
 
 
@@ -231,7 +245,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_dim == out_dim else nn.Conv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, history: History | None) -> Tensor:
-        return self.shortcut(x) + self.residual(x, history)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        hidden = conv1.of_activated(x, norm1, history)
+        return self.shortcut(x) + conv2.of_activated(hidden, norm2, history)
 
 
 class FrameAttention(nn.Module):
@@ -332,7 +348,8 @@ class Decoder3d(nn.Module):
         if strip is not None:
             return self._finish_strip(x, history, strip)
         x = self.upsamples(x, history)
-        return self.head(x, history)
+        norm, _, conv = self.head
+        return conv.of_activated(x, norm, history)
 
     def _finish_strip(self, x: Tensor, history: History | None, strip: Strip) -> Tensor:
         """What follows the attention looks a few columns around: the strip alone, cut from wider and wider maps.

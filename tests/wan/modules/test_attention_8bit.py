@@ -90,6 +90,17 @@ def test_a_gpu_computes_as_emulated(backend: str, shape: tuple[int, int, int]):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ROUNDINGS)
+def test_one_stream_on_a_gpu_has_its_keys_in_parts(backend: str):
+    """Which is as far from the truth as all at once."""
+    q, k, v = (x[:1] for x in cached(1300, 9360, 128))
+    found, some = attention_8bit(q, k, v, backend), slice(None, None, 7)
+    truth, rounded = exact(q[:, some], k, v), emulated(q[:, some], k, v, ROUNDINGS[backend])
+    assert found.shape == q.shape and found.isfinite().all()
+    assert relative(found[:, some], truth) == pytest.approx(relative(rounded, truth), rel=0.25)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ROUNDINGS)
 def test_large_scores_stay_finite(backend: str):
     """One key per query that takes all of its weight, scores of 900: the value of that key comes out."""
     q, k, v = draw(300, 2500, 128, "cuda", torch.bfloat16)

@@ -316,7 +316,8 @@ def test_flex_attention_equals_its_dense_twin(monkeypatch):
 
 @pytest.mark.parametrize(("layers", "fused"), [(2, False), (3, False), (3, True)])
 def test_compiled_blocks_share_their_graphs_over_layers_and_pasts(layers: int, fused: bool):
-    """Without gradient a stream of three blocks, then a pass with one: a pair of graphs and a rotation each."""
+    """Without gradient a stream of three blocks, then a pass with one: a pair of graphs and a rotation each, and one
+    that remembers, wherever that is."""
 
     def walk(model: CausalWanModel) -> list[torch.Tensor]:
         torch.manual_seed(1)
@@ -336,7 +337,7 @@ def test_compiled_blocks_share_their_graphs_over_layers_and_pasts(layers: int, f
     model.compile_blocks(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for found, flow in zip(walk(model), expected, strict=True):
         torch.testing.assert_close(found, flow)
-    assert len(graphs) == 6
+    assert len(graphs) == 7
 
 
 def test_fused_projections_give_the_same_numbers_and_keep_their_names():
