@@ -14,6 +14,8 @@ ROWS = {  # title: (path into the JSON, format)
     "frames/s, a client's": ("fps_client", "{:.1f}"),
     "first frame, s": ("first_frame_s", "{:.2f}"),
     "first frame, cold, s": ("cold_first_frame_s", "{:.2f}"),
+    "first frame, from the process's start, s": ("process_first_frame_s", "{:.1f}"),
+    "full speed, from the process's start, s": ("process_full_speed_s", "{:.1f}"),
     "block with VAE, p50, s": ("block_with_vae_s.p50", "{:.3f}"),
     "block with VAE, p99, s": ("block_with_vae_s.p99", "{:.3f}"),
     "CPU seconds a block, with VAE": ("cpu_s_per_block", "{:.3f}"),

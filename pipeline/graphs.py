@@ -1,8 +1,8 @@
 """A stream's passes as CUDA graphs: the host launches one thing per pass, and the GPU does not wait for it.
 
-What a pass launches depends on where its block lies in the cache and on shapes, not on its time: denoising steps and
-the clean pass share a graph. A cache of the whole past has a graph for each block of the longest video so far; a ring
-comes back to the same slots, so that a stream without end has few (KVContext.layout).
+What a pass launches depends on where its block lies in the cache and on shapes, not on its time: denoising steps share
+a graph, and the clean pass, which needs less, has one of its own. A cache of the whole past has these for each block of
+the longest video so far; a ring comes back to the same slots, so that a stream without end has few (KVContext.layout).
 
 All that changes between passes lies in memory that stays: latents, times and rotations are copied there before a
 replay, keys of the past are in the cache's slab, and those of a new prompt take the place of the old one's.
@@ -77,7 +77,13 @@ class RecordedPass:
         self.flow: Tensor | None = None
 
     def __call__(
-        self, model: CausalWanModel, recorder: Recorder, cache: KVCache, past: KVContext, inputs: Inputs
+        self,
+        model: CausalWanModel,
+        recorder: Recorder,
+        cache: KVCache,
+        past: KVContext,
+        inputs: Inputs,
+        keys_only: bool = False,
     ) -> Tensor:
         """Flow [B, C, F, H, W], to be copied before the next pass."""
         known = self.inputs is not None
@@ -90,7 +96,8 @@ class RecordedPass:
         def run() -> Tensor:
             x, t, y, pose = static
             tokens, grid = model.embed(x.transpose(1, 2), y, pose)
-            return model.run(tokens, t, None, None, model.attend_cached(past, rope), grid, cache)
+            attend = model.attend_cached(past, rope)
+            return model.run(tokens, t, None, None, attend, grid, cache, keys_only=keys_only)
 
         if not known:
             return recorder.run(run)
@@ -140,18 +147,20 @@ class CapturedPasses:
         *,
         kv_cache: KVCache | None = None,
         shortcut: Shortcut | None = None,
+        keys_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """WanDiffusionWrapper.forward's flow and x0."""
         if kv_cache is None or shortcut is not None or torch.is_grad_enabled():
-            return self.generator(x, conditioning, timestep, kv_cache=kv_cache, shortcut=shortcut)
+            options = {"shortcut": shortcut, "keys_only": keys_only}
+            return self.generator(x, conditioning, timestep, kv_cache=kv_cache, **options)
         model = self.generator.model
         model.read_prompt(conditioning.prompt_embeds, conditioning.clip_feature, kv_cache)
         past = kv_cache.context(x.shape[1])
         inputs = (x, timestep, conditioning.y, conditioning.add_condition)
-        key = (past.layout, signature(inputs), prompt_address(kv_cache))
+        key = (past.layout, signature(inputs), prompt_address(kv_cache), keys_only)
         passes = self.passes.setdefault(kv_cache, {})
         recorded = passes.setdefault(key, RecordedPass())
-        flow = recorded(model, self.recorder, kv_cache, past, inputs)
+        flow = recorded(model, self.recorder, kv_cache, past, inputs, keys_only)
         flow = flow.transpose(1, 2).to(torch.float32, copy=True)
         return flow, self.scheduler.flow_to_x0(flow, x, timestep)
 

@@ -88,16 +88,17 @@ def denoise_path(
     x: Tensor,
     t: Tensor | float,
     shortcut: Shortcut | None = None,
+    keys_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Flow and x0 [sides * B, f, C, H, W] of a block [B, f, C, H, W] at one time t, in the path's context.
 
-    Moves nothing. shortcut: WanModel.forward's.
+    Moves nothing. shortcut: WanModel.forward's; keys_only: CausalWanModel.forward's, flow and x0 then mean nothing.
     """
+    options = {"keys_only": True} if keys_only else {"shortcut": shortcut}
     x = x.repeat(path.sides, 1, 1, 1, 1)
     timestep = torch.zeros(x.shape[:2], device=x.device) + t  # no copy of a number: it would wait for the device
-    return generator(
-        x, path.conditioning.frames(block.start, block.stop), timestep, kv_cache=path.kv_cache, shortcut=shortcut
-    )
+    conditioning = path.conditioning.frames(block.start, block.stop)
+    return generator(x, conditioning, timestep, kv_cache=path.kv_cache, **options)
 
 
 def guided(
@@ -190,4 +191,4 @@ def remember(
     if context_noise and not block.given:
         latents = generator.scheduler.add_noise(latents, draw(latents.shape), context_noise)
     for path in paths:
-        denoise_path(generator, path, block, latents, 0.0 if block.given else context_noise)
+        denoise_path(generator, path, block, latents, 0.0 if block.given else context_noise, keys_only=True)

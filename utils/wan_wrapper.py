@@ -92,11 +92,12 @@ class WanDiffusionWrapper(nn.Module):
         image_first: bool = False,
         taps: Sequence[int] = (),
         shortcut: Shortcut | None = None,
+        keys_only: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Features]:
         """Flow and x0, both [B, F, C, H, W] float32, of noisy latents [B, F, C, H, W] at timestep [B, F] in [0, 1000].
 
         conditioning covers just these frames (see Conditioning.frames). kv_cache, clean_x (also [B, F, C, H, W]),
-        aug_t and image_first are CausalWanModel.forward's; taps, which adds a third output, and shortcut are
+        aug_t, image_first and keys_only are CausalWanModel.forward's; taps, which adds a third output, and shortcut are
         WanModel.forward's. add_condition overrides conditioning's pose.
         """
         options = {"taps": taps} if taps else {}
@@ -106,6 +107,7 @@ class WanDiffusionWrapper(nn.Module):
                 "clean_x": None if clean_x is None else clean_x.transpose(1, 2),
                 "aug_t": aug_t,
                 "image_first": image_first,
+                "keys_only": keys_only,
             }
         if shortcut is not None:
             options["shortcut"] = shortcut

@@ -158,10 +158,10 @@ def test_the_unguided_side_sees_no_pose_and_the_clean_pass_does(posed, monkeypat
     seen = []
     original = walk.denoise_path
 
-    def spy(generator, path, block, x, t, shortcut=None):
+    def spy(generator, path, block, x, t, *shortcut, **options):
         cache = next(name for name in ("pos", "neg", "ref") if path.kv_cache is getattr(pipeline, f"kv_cache_{name}"))
         seen.append((cache, float(torch.as_tensor(t)) == 0, path.conditioning.pose is not None))
-        return original(generator, path, block, x, t, shortcut)
+        return original(generator, path, block, x, t, *shortcut, **options)
 
     monkeypatch.setattr(walk, "denoise_path", spy)
     run(pipeline, dance(21))
@@ -269,9 +269,9 @@ def test_teacache_computes_where_the_pose_comes_or_goes(posed, monkeypatch):
     reused = []
     original = walk.denoise_path
 
-    def spy(generator, path, block, x, t, shortcut=None):
+    def spy(generator, path, block, x, t, shortcut=None, **options):
         reused.append(None if shortcut is None else shortcut.reuse)
-        return original(generator, path, block, x, t, shortcut)
+        return original(generator, path, block, x, t, shortcut, **options)
 
     monkeypatch.setattr(walk, "denoise_path", spy)
     monkeypatch.setattr(pipeline, "_steps_computed", lambda skip: (True, False, False, True))

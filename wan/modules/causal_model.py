@@ -20,25 +20,29 @@ class AttendCached:
         self.model, self.past, self.rope = model, past, rope
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(*self.keep(layer, q, k, v), self.model.attention_backend)
+
+    def keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the block's keys and values to the cache; (queries, keys, values) that are to meet."""
         model, places = self.model, self.past.places(layer, k.shape[0])
         if places is None:
             keys, values = self.past.extend(layer, model.rotate(k, self.rope), v)
         else:
             own, (keys, values) = places
             model.remember(*own, k, v, self.rope)
-        return attention(model.rotate(q, self.rope), keys, values, model.attention_backend)
+        return model.rotate(q, self.rope), keys, values
 
-    def joined(self, layer: int, projection: Tensor, self_attn: WanSelfAttention) -> Tensor:
+    def keep_joined(self, layer: int, projection: Tensor, self_attn: WanSelfAttention) -> tuple[Tensor, Tensor, Tensor]:
         """The same on a GPU, of q, k and v in one [B, L, 3 N D], before their norms."""
         places = self.past.places(layer, projection.shape[0])
         if places is None:
-            return self(layer, *self_attn.split(projection))
+            return self.keep(layer, *self_attn.split(projection))
         from .triton_blocks import finish_projection
 
         own, (keys, values) = places
         norm_q, norm_k = self_attn.norm_q, self_attn.norm_k
         q = finish_projection(projection, norm_q.weight, norm_k.weight, norm_q.eps, self.rope, *own)
-        return attention(q, keys, values, self.model.attention_backend)
+        return q, keys, values
 
 
 class CausalWanModel(WanModel):
@@ -90,13 +94,15 @@ class CausalWanModel(WanModel):
         add_condition: Tensor | None = None,
         image_first: bool = False,
         shortcut: Shortcut | None = None,
+        keys_only: bool = False,
     ) -> Tensor:
         """Flow [B, out_dim, F, H, W] of noisy latents x [B, C, F, H, W] at times t [B, F] in [0, 1000].
 
         kv_cache: x is the next block(s) of a stream. Without gradient the block's keys are written into their slots;
         the caller commits. clean_x [B, C, F, H, W]: clean latents for teacher forcing, at times aug_t [B, F] (default
-        0). image_first (whole clips): frame 0 is a given image, a block of its own that never leaves the window. The
-        other arguments are WanModel.forward's.
+        0). image_first (whole clips): frame 0 is a given image, a block of its own that never leaves the window.
+        keys_only (streams): the block is to be remembered, no more; what is returned means nothing. The other
+        arguments are WanModel.forward's.
         """
         if shortcut is not None and kv_cache is None:
             raise ValueError("a shortcut belongs to the steps of a stream's block; give kv_cache, too")
@@ -107,7 +113,9 @@ class CausalWanModel(WanModel):
         if kv_cache is not None:
             past = kv_cache.context(grid[0])
             attend = self.attend_cached(past, self.stream_rope(past, *grid[1:]))
-            return self.run(tokens, t, context, clip_fea, attend, grid, kv_cache, shortcut=shortcut)
+            return self.run(
+                tokens, t, context, clip_fea, attend, grid, kv_cache, shortcut=shortcut, keys_only=keys_only
+            )
         if clean_x is not None:
             clean_tokens, _ = self.embed(clean_x, y, add_condition)
             tokens = torch.cat([clean_tokens, tokens], dim=1)

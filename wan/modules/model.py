@@ -201,12 +201,21 @@ class WanAttentionBlock(nn.Module):
         text: Tensor | Keys,
         image: Tensor | Keys | None,
         backend: str,
+        keys_only: bool = False,
     ) -> Tensor:
-        """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: embedded [B, T, dim], or this layer's keys of it."""
-        if hasattr(attend, "joined") and self.joins_for(x):
-            attended = attend.joined(layer, self.joined_projection(x, time), self.self_attn)
+        """x [B, L, dim]; time [B, F, 6, dim] float32; text, image: embedded [B, T, dim], or this layer's keys of it.
+
+        keys_only: leave keys and values in the cache that `attend` knows, and x as it is.
+        """
+        if hasattr(attend, "keep_joined") and self.joins_for(x):
+            seen = attend.keep_joined(layer, self.joined_projection(x, time), self.self_attn)
+            attended = None if keys_only else attention(*seen, backend)
+        elif keys_only:
+            attend.keep(layer, *self.before_attention(x, time))
         else:
             attended = attend(layer, *self.before_attention(x, time))
+        if keys_only:
+            return x
         return self.after_attention(x, time, attended, text, image, backend)
 
     def before_attention(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -496,10 +505,12 @@ class WanModel(nn.Module):
         num_head_frames: int | None = None,
         taps: Sequence[int] = (),
         shortcut: Shortcut | None = None,
+        keys_only: bool = False,
     ) -> Tensor | tuple[Tensor, Features]:
         """All blocks and the head on embedded tokens [B, L, dim]; t [B, frames of the token sequence].
 
         kv_cache: where the prompt's keys are remembered (wan.modules.kv_cache.KVCache), without gradient only.
+        keys_only: only what the cache keeps is wanted; the last block may stop at its keys, and the flow is then none.
         num_head_frames: only the last so many frames go through the head (teacher forcing: the noisy half).
         """
         ulysses, num_frames, frame_seqlen = self.sequence_parallel, t.shape[1], grid[1] * grid[2]
@@ -514,7 +525,8 @@ class WanModel(nn.Module):
             tokens = tokens + shortcut.added
         else:
             before = None if shortcut is None else tokens
-            tokens = self.run_blocks(tokens, modulation, context, clip_fea, attend, kv_cache, taps, tapped)
+            keys_only = keys_only and hasattr(attend, "keep")
+            tokens = self.run_blocks(tokens, modulation, context, clip_fea, attend, kv_cache, taps, tapped, keys_only)
             if shortcut is not None:
                 shortcut.added = tokens - before
         frames = num_head_frames or grid[0]
@@ -535,6 +547,7 @@ class WanModel(nn.Module):
         kv_cache: KVCache | None,
         taps: Sequence[int],
         tapped: list[Tensor],
+        keys_only: bool = False,
     ) -> Tensor:
         """Tokens [B, L, dim] after all blocks; those after every tapped one are appended to `tapped`."""
         remember = kv_cache if not torch.is_grad_enabled() else None
@@ -545,7 +558,7 @@ class WanModel(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                tokens = block(*arguments)
+                tokens = block(*arguments, keys_only=keys_only and layer == len(self.blocks) - 1)
             tapped += [tokens] * taps.count(layer)
         return tokens
 

@@ -49,6 +49,22 @@ def test_three_hundred_blocks_in_constant_memory():
     assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == pointers and cache.num_bytes == size
 
 
+@pytest.mark.parametrize("window, rope_base", [(-1, "absolute"), (6, "absolute"), (6, "window")])
+def test_a_pass_that_only_remembers_leaves_what_a_whole_one_does(window: int, rope_base: str):
+    slabs = []
+    for keys_only in (False, True):
+        model = toy_model(num_frame_per_block=2, local_attn_size=window, sink_size=2 if window > 0 else 0)
+        model.rope_base = rope_base
+        cache, torch_seed = model.make_kv_cache(1, 4, 4, 8), torch.manual_seed(0)
+        with torch.no_grad():
+            for _ in range(4):
+                x = torch.randn(1, 4, 2, 4, 4, generator=torch_seed)
+                model(x, torch.zeros(1, 2), torch.ones(1, 5, 12), kv_cache=cache, keys_only=keys_only)
+                cache.commit(2)
+        slabs.append((*cache.keys, *cache.values))
+    assert all(torch.equal(one, other) for one, other in zip(*slabs, strict=True))
+
+
 def test_reset_forgets_the_video_and_keeps_the_memory():
     model = toy_model(num_frame_per_block=2)
     cache = model.make_kv_cache(1, 4, 4, 4)
