@@ -252,17 +252,24 @@ class Stand:
         tokens = sizes.tokens_per_frame(config.height // side, config.width // side)
         window = config.model_kwargs.local_attn_size
         seen = config.num_output_frames if window == -1 else min(window, config.num_output_frames)
-        work = pass_flops(sizes, self.block * tokens, seen * tokens, text_keys=False)
+        work, remembering = (
+            pass_flops(sizes, self.block * tokens, seen * tokens, text_keys=False, keys_only=keys_only)
+            for keys_only in (False, True)
+        )
         steps = len(pipeline.timesteps) if pipeline.timesteps else pipeline.sampling_steps
         guided = pipeline.timesteps is None and pipeline.guidance_scale != 1
-        passes = (steps + config.clean_context) * (1 + guided)
+        transformer = (1 + guided) * (steps * work + config.clean_context * remembering)
         latents = torch.zeros(1, self.block, sizes.out_dim, config.height // side, config.width // side)
         latents, decode = pipeline.vae._to_model(latents), pipeline.vae.decoder.decode  # not compiled: it is to be seen
         cache = pipeline.vae.make_cache()
         decode(latents, cache)
         with FlopCounterMode(display=False) as counter:
             decode(latents, cache)
-        return {"passes": passes, "transformer_block": passes * work, "vae_block": float(counter.get_total_flops())}
+        return {
+            "passes": (1 + guided) * (steps + config.clean_context),
+            "transformer_block": transformer,
+            "vae_block": float(counter.get_total_flops()),
+        }
 
 
 def reference_error(config: Config, stand: Stand, random_weights: bool) -> dict:

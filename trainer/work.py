@@ -33,10 +33,11 @@ class DistillationWork:
     def num_tokens(self) -> int:
         return self.blocks[-1].stop * self.tokens_per_frame
 
-    def walk(self, *, text_keys: bool) -> list[float]:
+    def walk(self, *, text_keys: bool, keys_only: bool = False) -> list[float]:
         """One forward pass over every block."""
         spans = [(b.num_frames * self.tokens_per_frame, self._seen(b) * self.tokens_per_frame) for b in self.blocks]
-        return [pass_flops(self.student, tokens, keys, text_keys=text_keys) for tokens, keys in spans]
+        options = {"text_keys": text_keys, "keys_only": keys_only}
+        return [pass_flops(self.student, tokens, keys, **options) for tokens, keys in spans]
 
     def _seen(self, block: FrameBlock) -> int:
         return min(block.stop, self.window)
@@ -46,7 +47,7 @@ class DistillationWork:
         nothing. The prompt's keys are made once."""
         remembered = self.walk(text_keys=False)
         passes = (exit_step + exit_pass) * sum(remembered)
-        passes += sum(remembered[:-1]) if self.clean_context else 0.0
+        passes += sum(self.walk(text_keys=False, keys_only=True)[:-1]) if self.clean_context else 0.0
         first_text = self.walk(text_keys=True)[0] - remembered[0]
         return passes + (first_text if passes else 0.0)
 

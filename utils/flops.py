@@ -7,11 +7,19 @@ from wan.configs import WanConfig
 from wan.modules.pose import NUM_START_COPIES, DWPoseEmbedding
 
 
-def pass_flops(config: WanConfig, num_tokens: int, num_keys: float | None = None, *, text_keys: bool = True) -> float:
+def pass_flops(
+    config: WanConfig,
+    num_tokens: int,
+    num_keys: float | None = None,
+    *,
+    text_keys: bool = True,
+    keys_only: bool = False,
+) -> float:
     """FLOPs of one forward pass over num_tokens video tokens of one sample.
 
     num_keys: tokens that self-attention looks at, its own included; None: its own. text_keys: whether keys and values
-    of the prompt are made in this pass, or remembered from an earlier one. A backward pass is twice a forward one.
+    of the prompt are made in this pass, or remembered from an earlier one. keys_only: the last layer stops at the keys
+    that a cache keeps. A backward pass is twice a forward one.
 
     1.3B over 21 latents of 60 x 104 (32,760 tokens): 2.8e14.
     """
@@ -24,7 +32,8 @@ def pass_flops(config: WanConfig, num_tokens: int, num_keys: float | None = None
     ends = num_tokens * dim * patch * (config.in_dim + config.out_dim)
     if text_keys:
         ends += text * dim * (config.text_dim + dim)
-    return 2.0 * (config.num_layers * layer + ends)
+    left_out = layer - num_tokens * 3 * dim * dim if keys_only else 0
+    return 2.0 * (config.num_layers * layer - left_out + ends)
 
 
 def pose_flops(num_frames: int, height: int, width: int, out_dim: int) -> float:
