@@ -118,6 +118,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pose", type=Path, help="what to follow: keypoints (.npz, .json), or a video or folder of drawn ones")
     add("--ref_pose", type=Path, metavar="IMAGE", help="the skeleton of --input_image: drawn, or keypoints")
     add("--pose_strength", type=float, help="factor on the pose, in [0, 2] (default: 1, as trained)")
+    add("--pose_guidance_scale", type=float, help="above 1: hold on to the pose, e.g. 3, for one more pass a step")
     add("--pose_ckpt", help="pose networks and LoRA: UniAnimate's checkpoint or one in its layout")
     add("--guidance_scale", type=float, help="how strongly many-step models follow words; 1: off, twice as fast")
     add("--save_with_index", action="store_true", help="name files <line>-<sample>_<regular|ema>.mp4, not by prompt")
@@ -139,6 +140,7 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
         "image_mode": arguments.image_mode,
         "strength": arguments.strength,
         "pose_strength": arguments.pose_strength,
+        "pose_guidance_scale": arguments.pose_guidance_scale,
         "pose_ckpt": arguments.pose_ckpt,
         "guidance_scale": arguments.guidance_scale,
     }
@@ -270,7 +272,7 @@ def make_video(
         options |= {"video": (piece[None] for piece in pieces), "strength": config.strength}
     if prompt.pose is not None:
         source = open_pose(prompt.pose, config.fps, size, config.drawing_profile, prompt.ref_pose)
-        options |= {"dwpose_data": (piece[None] for piece in source.pieces()), "pose_strength": config.pose_strength}
+        options |= {"dwpose_data": (piece[None] for piece in source.pieces()), **pose_options(config)}
     if prompt.ref_pose is not None and (prompt.image is not None or not is_keypoints(prompt.ref_pose)):
         options["random_ref_dwpose"] = open_reference_pose(prompt.ref_pose, size, config.drawing_profile)[None]
     for pixels in pipeline.stream(
@@ -316,6 +318,14 @@ def make_videos(
     return failures
 
 
+def pose_options(config: Config) -> dict[str, float]:
+    """How a pose is followed, as `stream` takes it."""
+    options = {"pose_strength": config.pose_strength}
+    if config.pose_guidance_scale is not None:
+        options["pose_guidance_scale"] = config.pose_guidance_scale
+    return options
+
+
 def describe(request: Request, config: Config, writer: VideoWriter, seconds: float) -> dict:
     """The line of metadata.jsonl that lets a video be made again."""
     prompt = request.prompt
@@ -324,7 +334,7 @@ def describe(request: Request, config: Config, writer: VideoWriter, seconds: flo
         "prompt": prompt.name,
         **({"extended_prompt": prompt.text} if prompt.text != prompt.name else {}),
         **({"image": str(prompt.image)} if prompt.image else {}),
-        **({"pose": str(prompt.pose), "pose_strength": config.pose_strength} if prompt.pose else {}),
+        **({"pose": str(prompt.pose), **pose_options(config)} if prompt.pose else {}),
         **({"ref_pose": str(prompt.ref_pose)} if prompt.ref_pose else {}),
         **({"video": str(prompt.video), "strength": config.strength} if prompt.video else {}),
         "seed": config.seed if prompt.seed is None else prompt.seed,

@@ -125,7 +125,7 @@ def streamed(
             num_frames=num_latents,
             height=args.size,
             width=args.size,
-            **({"dwpose_data": poses(rows)} if poses else {}),
+            **({"dwpose_data": poses(rows), "pose_guidance_scale": args.pose_guidance_scale} if poses else {}),
             **mine,
         )
         videos.append(torch.cat([to_bytes(block).cpu() for block in blocks], dim=1))
@@ -329,6 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load_config(args.config_path, args.set)
+    args.pose_guidance_scale = config.pose_guidance_scale
     kind = "few_step" if config.denoising_step_list else "many_step"
     report, judges = Report(args.out, args.overwrite), load_judges(args.judges, args.device)
     sizes = (

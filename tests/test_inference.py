@@ -218,8 +218,10 @@ def test_a_video_follows_a_pose(run, tiny_model_folder, tmp_path, capsys):
     for index in range(10):
         Image.new("RGB", (40, 30), (20 * index, 0, 200)).save(tmp_path / "dance" / f"{index:04d}.png")
     arguments = ["--prompt", "words", "--pose", "dance", "--pose_ckpt", "unianimate.ckpt", "--pose_strength", "0.5"]
+    arguments += ["--pose_guidance_scale", "2"]
     folder = run(*arguments)
     assert metadata(folder)[0]["pose"] == "dance" and metadata(folder)[0]["pose_strength"] == 0.5
+    assert metadata(folder)[0]["pose_guidance_scale"] == 2
     settings = [f"model_name={tiny_model_folder}", "height=32", "width=32", *MANY_STEPS]
     assert inference.main([*arguments, *settings]) == 0
     assert [len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")] == [21]  # whole blocks above 10
@@ -245,6 +247,7 @@ def test_a_video_follows_a_pose(run, tiny_model_folder, tmp_path, capsys):
     [
         (["--prompt", "a", "--pose", "absent"], "no file at absent, which --pose names"),
         (["--prompt", "a", "--pose_strength", "3"], "pose_strength is 3.0; it lies in [0, 2]"),
+        (["--prompt", "a", "--pose_guidance_scale", "-1"], "pose_guidance_scale is -1.0; 0 ignores the pose"),
         (["--prompt", "a", "--input_image", "absent.png"], "no file at absent.png, which --input_image names"),
         (["--prompt", "a", "--video", "absent.mp4"], "no file at absent.mp4, which --video names"),
         (["--prompt", "a", "--strength", "0"], "strength is 0.0; it lies in (0, 1]"),

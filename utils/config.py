@@ -267,6 +267,7 @@ class Config:
     # of keypoint files (utils/pose/draw.py); auto: legacy (UniAnimate's) for a pose_ckpt, else body (puppets')
     pose_drawing: Literal["auto", "legacy", "native", "body"] = "auto"
     pose_strength: float = 1.0  # factor on the pose, in [0, 2]; 1 is as trained
+    pose_guidance_scale: float | None = None  # above 1: away from what no pose would give, for one more pass a step
     strength: float = 0.6  # video to video: share of the denoising steps taken; 1 ignores the driving video
 
     # --- the video ---
@@ -375,6 +376,11 @@ class Config:
             raise ConfigError(f"teacache is {self.teacache}; it is 0 for few-step models and at least 0 for many steps")
         if not 0 <= self.pose_strength <= 2:
             raise ConfigError(f"pose_strength is {self.pose_strength}; it lies in [0, 2]: 0 ignores the pose")
+        if self.pose_guidance_scale is not None and self.pose_guidance_scale < 0:
+            raise ConfigError(
+                f"pose_guidance_scale is {self.pose_guidance_scale}; 0 ignores the pose, 1 is as without it, "
+                "more holds on to the pose"
+            )
         if self.pose_ckpt is not None and not self.causal:
             raise ConfigError("causal is false but pose_ckpt is set; only a causal model follows a pose here")
         if not 0 < self.strength <= 1:
