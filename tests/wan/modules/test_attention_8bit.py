@@ -1,9 +1,12 @@
 """wan/modules/attention_8bit.py: the arithmetic on a CPU against float64, and the kernels against both on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.wan.modules.recording import check_compiled_and_recorded
 from wan.modules.attention import attention
 from wan.modules.attention_8bit import MIN_KEYS, ROUNDINGS, attention_8bit, emulated
 
@@ -124,23 +127,7 @@ def test_values_that_no_sample_saw_are_not_cut_off(backend: str):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["int8", "int8_scores"])
 def test_inside_compiled_code_and_cuda_graphs(backend: str):
-    q, k, v = cached(130, 2500, 128)
-
-    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q * 2, k, v, backend) + 1
-
-    with torch.no_grad():
-        expected = layer(q, k, v)
-        compiled = torch.compile(layer, fullgraph=True, dynamic=False)
-        torch.testing.assert_close(compiled(q, k, v), expected, atol=1e-2, rtol=1e-2)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recorded = layer(q, k, v)
-        recorded.fill_(float("nan"))
-        for factor in (1, 0.5):
-            v.mul_(factor)  # the graph reads what lies there now
-            graph.replay()
-            torch.testing.assert_close(recorded, layer(q, k, v), atol=1e-2, rtol=1e-2)
+    check_compiled_and_recorded(partial(attention, backend=backend), *cached(130, 2500, 128))
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.wan.modules.recording import check_compiled_and_recorded
 from wan.modules.attention import attention
 from wan.modules.cudnn_attention import cudnn_attention, cudnn_takes, num_parts
 
@@ -79,25 +80,10 @@ def test_what_wants_a_gradient_goes_torchs_way():
 
 @pytest.mark.gpu
 def test_inside_compiled_code_and_cuda_graphs():
-    q, k, v = draw(1300, 9360, batch_size=1)
+    q, k, v = draw(1300, 9360)
     if not cudnn_takes(q, k, v):
         pytest.skip("no Hopper")
-
-    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q * 2, k, v) + 1
-
-    with torch.no_grad():
-        expected = layer(q, k, v)
-        compiled = torch.compile(layer, fullgraph=True, dynamic=False)
-        torch.testing.assert_close(compiled(q, k, v), expected, atol=1e-2, rtol=1e-2)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recorded = layer(q, k, v)
-        recorded.fill_(float("nan"))
-        for factor in (1, 0.5):
-            v.mul_(factor)  # the graph reads what lies there now
-            graph.replay()
-            torch.testing.assert_close(recorded, layer(q, k, v), atol=1e-2, rtol=1e-2)
+    check_compiled_and_recorded(attention, q, k, v)
 
 
 @pytest.mark.gpu
