@@ -10,12 +10,12 @@ weights sum to 1, so one that is taken off all values is added to the result aga
 Of normally distributed numbers a result is 3.8 % off in "int8", 5.3 % in "float8" and 1.1 % in "int8_scores".
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cudnn_attention import HAS_TRITON
 from .float8 import FLOAT8, LARGEST
 
 MIN_KEYS = 2048  # below, rounding costs more than it saves: a prompt's 512 keys are exact
@@ -41,11 +41,11 @@ def check_8bit(backend: str, device: torch.device) -> None:
     """Raise ValueError where there is no kernel for it: it wants a GPU and Triton."""
     what = "this is a CPU"
     if device.type == "cuda":
-        capability, has_triton = torch.cuda.get_device_capability(device), find_spec("triton") is not None
-        if capability >= ROUNDINGS[backend].min_capability and has_triton:
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= ROUNDINGS[backend].min_capability and HAS_TRITON:
             return
         what = "{} has {}.{}".format(torch.cuda.get_device_name(device), *capability)
-        what += "" if has_triton else " and triton is not installed"
+        what += "" if HAS_TRITON else " and triton is not installed"
     needed = ".".join(map(str, ROUNDINGS[backend].min_capability))
     raise ValueError(
         f"attention_backend {backend!r} needs triton and a GPU of compute capability {needed} or more, {what}; set "

@@ -8,7 +8,6 @@ exponentials, which is exact.
     y = sum_p w_p y_p,  w_p = exp(l_p) / sum_p exp(l_p),  l_p = log sum_n exp(score[n]) over the keys of part p
 """
 
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -24,9 +23,14 @@ HALF = (torch.float16, torch.bfloat16)
 _hopper: dict[torch.device, bool] = {}  # torch.compile sees into a dictionary: what was asked before is not asked by it
 
 
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+def _has_triton() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+HAS_TRITON = _has_triton()  # a constant, which torch.compile need not ask about
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -62,7 +66,7 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, Lq, N, D], k and v [B, Lk, N, D] -> [B, Lq, N, D]. One operation to torch.compile."""
     batch_size, num_queries, num_heads, _ = q.shape
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    parts = num_parts(batch_size, num_queries, num_heads, k.shape[1], processors) if has_triton() else 1
+    parts = num_parts(batch_size, num_queries, num_heads, k.shape[1], processors) if HAS_TRITON else 1
     if parts > 1:
         q, k, v = q.expand(parts, -1, -1, -1), *(x[0].unflatten(0, (parts, -1)) for x in (k, v))
     out, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(

@@ -8,23 +8,14 @@ wan.modules.vae and wan.modules.float8, in float32 from the first to the last.
 import torch
 from torch import Tensor
 
-from .cudnn_attention import has_triton
+from .cudnn_attention import HAS_TRITON
 
 FLOAT8 = torch.float8_e4m3fn
 
 
 def fuses(x: Tensor) -> bool:
     """Whether code that is being compiled is for inference on a GPU."""
-    return torch.compiler.is_compiling() and x.is_cuda and not torch.is_grad_enabled() and knows_triton()
-
-
-_triton: list[bool] = []  # torch.compile sees into a list: what was asked before is not asked by it
-
-
-def knows_triton() -> bool:
-    if not _triton:
-        _triton.append(has_triton())
-    return _triton[0]
+    return torch.compiler.is_compiling() and x.is_cuda and not torch.is_grad_enabled() and HAS_TRITON
 
 
 @torch.library.custom_op("longtake::normalise", mutates_args=())

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from ..configs import WanConfig, how_to_get
 from . import fused
 from .attention import Attend, attention, check_backend
-from .cudnn_attention import HALF, has_triton, is_hopper
+from .cudnn_attention import HALF, HAS_TRITON, is_hopper
 from .float8 import Float8Linear
-from .fused import fuses, knows_triton
+from .fused import fuses
 from .kv_cache import Keys, KVCache
 from .rope import apply_rope, remember_rotated, rope_frequencies
 from .sequence_parallel import Ulysses, check_heads
@@ -642,10 +642,9 @@ class WanModel(nn.Module):
             for block in self.blocks:
                 setattr(block, half, MethodType(compiled, block))
         for block in self.blocks:
-            block.joins = self.config.qk_norm and block.self_attn.qkv is not None and has_triton()
+            block.joins = self.config.qk_norm and block.self_attn.qkv is not None and HAS_TRITON
         self.rotate, self.remember = (torch.compile(part, **options) for part in (apply_rope, remember_rotated))
         is_hopper(self.device)  # what torch.compile would ask about in vain
-        knows_triton()
 
 
 def allow_graphs() -> None:
